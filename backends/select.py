@@ -1,0 +1,131 @@
+"""Which kernel runs an op: one choice a node, made when a graph is lowered, with the reason for it.
+
+Each backend has a verifier, ``verify(stem, facts) -> (ok, reason)``, in its ``__init__``. In ``auto`` the candidates are
+tried in order and the refusals are kept as the reason; a forced backend that cannot run a call raises its own.
+"""
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from ternarize.config import Kernels, flag, kernels_policy
+from ternarize.errors import KernelError
+
+Phase = Literal["inference", "training"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a verifier may look at: static facts of one call. Token counts are left out, they may be symbolic."""
+
+    device: str
+    """Type of the device: 'cpu', 'cuda'."""
+    capability: tuple[int, int]
+    """CUDA compute capability, (0, 0) elsewhere."""
+    dtype: torch.dtype
+    """Of the activations."""
+    in_features: int
+    out_features: tuple[int, ...]
+    planes: tuple[int, ...]
+    group_size: int
+    mantissa: bool
+    """Whether any layer has an integer mantissa."""
+    rule: str = ""
+    """Of an update."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The backend that runs a node, and why."""
+
+    backend: str
+    reason: str
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def facts_of(stem: str, args: Sequence[Any]) -> Facts:
+    """Facts of a call of ``stem``, from its arguments, real or fake, in the order of its lowered schema."""
+    if stem == "linear":
+        x, T_packed, mantissa, in_features, group_size = args[0], args[1], args[3], args[0].shape[-1], args[6]
+    elif stem == "grad_input":
+        (x, *_), T_packed, mantissa, in_features, group_size = args[0], args[1], args[3], args[4], args[5]
+    elif stem == "update_stage":
+        x, T_packed, mantissa, in_features, group_size = args[1], args[2], [], args[1].shape[-1], args[11]
+    else:
+        x, T_packed, mantissa, in_features, group_size = args[2], [args[0]], [], args[2].shape[1], args[17]
+    return Facts(
+        device=x.device.type,
+        capability=_capability(x.device),
+        dtype=x.dtype,
+        in_features=int(in_features),
+        out_features=tuple(int(packed.shape[-2]) for packed in T_packed),
+        planes=tuple(int(packed.shape[0]) if packed.dim() == 3 else 1 for packed in T_packed),
+        group_size=group_size,
+        mantissa=any(m is not None for m in mantissa),
+        rule=args[-1] if stem.startswith("update") else "",
+    )
+
+
+def _verify(backend: str, stem: str, facts: Facts) -> tuple[bool, str]:
+    if backend == "torch":
+        return True, "the reference runs everywhere"
+    result: tuple[bool, str] = importlib.import_module(f"ternarize.backends.{backend}").verify(stem, facts)
+    return result
+
+
+def candidates(phase: Phase, policy: Kernels) -> tuple[str, ...]:
+    """Backends in the order in which they are tried."""
+    if policy != "auto":
+        return (policy,)
+    return ("tilelang", "triton", "torch") if phase == "inference" else ("triton", "torch")
+
+
+@functools.cache
+def choose(stem: str, phase: Phase, facts: Facts, policy: Kernels, *, tilelang: bool = True) -> Choice:
+    """The backend for one call of ``stem``.
+
+    Args:
+        stem: linear, grad_input, update_stage or update_commit.
+        phase: of the graph.
+        facts: of the call.
+        policy: as of `ternarize.config.kernels_policy`.
+        tilelang: False where the output guard has taken a layer off TileLang.
+
+    Raises:
+        KernelError: if a backend is forced and cannot run the call.
+    """
+    if policy == "tilelang" and phase == "training":
+        if not flag("TERNARIZE_TILELANG_TRAINING", "ARB_TILELANG_TRAINING", default=False):
+            raise KernelError(
+                "TERNARIZE_BACKEND=tilelang covers inference graphs only, and this is a training graph: use auto, or "
+                "set TERNARIZE_TILELANG_TRAINING=1"
+            )
+        if stem != "linear":
+            policy = "triton"
+    refusals: list[str] = []
+    for backend in candidates(phase, policy):
+        if backend == "tilelang" and not tilelang:
+            ok, reason = False, "its output was not finite earlier in this process"
+        elif policy == "auto" and backend != "torch" and facts.device != "cuda":
+            ok, reason = False, f"the tensors are on {facts.device}"
+        else:
+            ok, reason = _verify(backend, stem, facts)
+        if ok:
+            return Choice(backend, "; ".join(refusals) or reason)
+        if policy != "auto":
+            raise KernelError(f"TERNARIZE_BACKEND={policy} cannot run {stem}: {reason}; use auto, or lift that limit")
+        refusals.append(f"not {backend}: {reason}")
+    raise AssertionError("the torch backend accepts every call")
+
+
+def eager_backend(stem: str, args: Sequence[Any]) -> str:
+    """The backend that runs a semantic op outside of graphs. TileLang is for graphs, where its output is guarded."""
+    policy = kernels_policy()
+    return choose(stem, "training" if policy != "tilelang" else "inference", facts_of(stem, args), policy).backend

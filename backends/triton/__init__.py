@@ -1,0 +1,1 @@
+"""Triton kernels: the default in training graphs, the fallback of TileLang in inference graphs."""

@@ -1,0 +1,60 @@
+"""The command line: one file a verb, each with HELP, add_arguments(parser) and run(arguments, output)."""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from ternarize.cli.output import Output
+from ternarize.errors import ConfigError, TernarizeError
+
+VERBS = ("convert", "inspect", "eval", "generate", "doctor")
+
+OK, FAILURE, USAGE = 0, 1, 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, not the whole usage; exit code 2."""
+        self.exit(USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every verb."""
+    parser = _Parser(prog="ternarize", description="Ternary PyTorch models: convert, look into, measure and run them.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb in VERBS:
+        module = importlib.import_module(f"ternarize.cli.{verb}")
+        sub = verbs.add_parser(verb, help=module.HELP, description=module.HELP)
+        module.add_arguments(sub)
+        sub.add_argument("--json", action="store_true", help="print one JSON object on standard output, nothing else")
+        sub.add_argument("--quiet", action="store_true", help="no progress bars")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns 0 if it worked, 1 if not, 2 for a wrong call."""
+    arguments = build_parser().parse_args(argv)
+    output = Output(as_json=arguments.json, quiet=arguments.quiet)
+    try:
+        result: dict[str, Any] = importlib.import_module(f"ternarize.cli.{arguments.verb}").run(arguments, output)
+    except KeyboardInterrupt:
+        return _fail(output, "interrupted", 130)
+    except ConfigError as error:
+        return _fail(output, str(error), USAGE)
+    except (TernarizeError, OSError) as error:
+        return _fail(output, str(error), FAILURE)
+    if arguments.json:
+        print(json.dumps(result))
+    return FAILURE if result.get("ok") is False else OK
+
+
+def _fail(output: Output, message: str, code: int) -> int:
+    line = " ".join(message.split())
+    if output.as_json:
+        print(json.dumps({"ok": False, "error": line}))
+    else:
+        print(f"ternarize: error: {line}", file=sys.stderr)
+    return code

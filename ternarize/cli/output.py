@@ -1,0 +1,39 @@
+"""What verbs print with: rich tables and progress for people, silence where --json wants one object."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+
+class Output:
+    """Where a verb prints.
+
+    Args:
+        as_json: standard output is kept for the one JSON object; tables and notes go nowhere.
+        quiet: no progress bars. They are also off where standard error is no terminal.
+    """
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json = as_json
+        self.console = Console(quiet=as_json)
+        self._errors = Console(stderr=True)
+        self._progress_off = quiet or as_json or not self._errors.is_terminal
+
+    @contextmanager
+    def bytes_progress(self) -> Iterator[Progress]:
+        """A progress display whose tasks count bytes, with speed and time left."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._errors, disable=self._progress_off, transient=True) as progress:
+            yield progress
+
+    def warn(self, message: str) -> None:
+        """One line on standard error, also with --json."""
+        self._errors.print(f"[yellow]warning:[/yellow] {message}", highlight=False)

@@ -1,0 +1,98 @@
+"""What kind of ternary layer to make: one frozen record, passed by value, stored in checkpoints."""
+
+import dataclasses
+import os
+from typing import Literal, get_args
+
+from ternarize.errors import ConfigError
+from ternarize.packing import check_group_size
+
+Rule = Literal["factored", "sign"]
+Accumulator = Literal["int8", "int4"]
+Init = Literal["absmean", "least_squares"]
+Kernels = Literal["auto", "tilelang", "triton", "torch"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TernaryConfig:
+    """How `ternarize` makes its layers.
+
+    Raises:
+        ConfigError: for a value or a combination that means nothing.
+        ShapeError: for a group size that is no multiple of 4.
+    """
+
+    group_size: int = 128
+    """Weights that share an exponent along K: a positive multiple of 4, or -1 for whole rows."""
+
+    planes: Literal[1, 2, 3] = 1
+    """Trit planes: 3, 9 or 27 levels a weight. One plane trains; two and three serve converted dense checkpoints."""
+
+    init: Init = "absmean"
+    """How a dense weight becomes levels: `absmean` (BitNet b1.58: 2^E near the mean magnitude; one plane only) or
+    `least_squares` (per group, the power of two with the smallest squared error). More planes always use the latter."""
+
+    rule: Rule = "factored"
+    """Which integer update rule a trainable layer keeps state for."""
+
+    accumulator: Accumulator = "int8"
+    """Form of the `factored` state: int8 accumulator and int8 momentum (18 bits a weight with the trits), or both as
+    nibbles of one byte (10 bits)."""
+
+    train_exponents: bool | None = None
+    """Whether training steps E. None: as the rule was measured to work best, on for `sign`, off for `factored`."""
+
+    def __post_init__(self) -> None:
+        check_group_size(self.group_size)
+        for name, choices in (("planes", (1, 2, 3)), ("init", get_args(Init)), ("rule", get_args(Rule))):
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(map(str, choices))}"
+                )
+        if self.accumulator not in get_args(Accumulator):
+            raise ConfigError(f"accumulator={self.accumulator!r} is unknown: use 'int8' or 'int4'")
+        if self.rule == "sign" and self.accumulator == "int4":
+            raise ConfigError("accumulator='int4' is a form of the 'factored' rule: drop it, or use rule='factored'")
+
+    @property
+    def steps_exponents(self) -> bool:
+        """Whether a trainable layer keeps E_accum and steps E by it."""
+        return self.rule == "sign" if self.train_exponents is None else self.train_exponents
+
+
+def environment(name: str, old_name: str, default: str) -> str:
+    """The value of an environment variable that has an older name with the same meaning.
+
+    Raises:
+        ConfigError: if both are set and differ.
+    """
+    value, old = os.environ.get(name), os.environ.get(old_name)
+    if value is not None and old is not None and value != old:
+        raise ConfigError(f"{name}={value!r} and {old_name}={old!r} mean the same and differ: unset one of them")
+    return value if value is not None else old if old is not None else default
+
+
+def kernels_policy(value: str | None = None) -> Kernels:
+    """Which kernels to use: ``value`` if given, else TERNARIZE_BACKEND, else 'auto'.
+
+    Raises:
+        ConfigError: for anything but auto, tilelang, triton and torch.
+    """
+    source = "options={'kernels': ...}" if value is not None else "TERNARIZE_BACKEND"
+    chosen = value if value is not None else environment("TERNARIZE_BACKEND", "ARB_TERNARY_BACKEND", "auto")
+    for choice in get_args(Kernels):
+        if chosen == choice:
+            return choice  # type: ignore[no-any-return]  # get_args is untyped
+    raise ConfigError(f"{source} is {chosen!r}: use one of auto, tilelang, triton, torch")
+
+
+def flag(name: str, old_name: str, *, default: bool) -> bool:
+    """A boolean environment variable, 0 or 1.
+
+    Raises:
+        ConfigError: for any other value.
+    """
+    value = environment(name, old_name, "1" if default else "0")
+    if value not in ("0", "1"):
+        raise ConfigError(f"{name} is {value!r}: use 0 or 1")
+    return value == "1"

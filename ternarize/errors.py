@@ -1,0 +1,29 @@
+"""What ternarize raises. Every message says what was got, what is needed and what to do about it."""
+
+
+class TernarizeError(Exception):
+    """Base of every error that ternarize raises on purpose."""
+
+
+class ConfigError(TernarizeError, ValueError):
+    """An option, an environment variable or a combination of them that means nothing."""
+
+
+class ShapeError(TernarizeError, ValueError):
+    """A tensor whose shape or dtype does not fit the layer, the format or the kernel."""
+
+
+class ConversionError(TernarizeError, RuntimeError):
+    """A model or checkpoint that cannot be made ternary."""
+
+
+class CheckpointError(TernarizeError, RuntimeError):
+    """A file or folder that is no readable checkpoint, or one that must not be overwritten."""
+
+
+class KernelError(TernarizeError, RuntimeError):
+    """A kernel that was asked for by name and cannot run here."""
+
+
+class NonFiniteError(TernarizeError, ArithmeticError):
+    """NaN or Inf where a finite number is needed; integer state was left as it was."""

@@ -1,0 +1,278 @@
+"""TernaryLinear: a linear layer whose state is integers only."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ternarize import ops as ops
+from ternarize.config import TernaryConfig
+from ternarize.errors import ConfigError, ShapeError
+from ternarize.packing import ROW, groups_per_row, pack, split_planes
+
+#: Parameters that only training needs: `freeze` drops them, inference checkpoints leave them out.
+TRAINING_STATE = ("T_accum", "T_momentum", "E_accum", "row_log2", "col_log2")
+
+#: Tensors that live between a backward and the optimizer's step; no parameters, no buffers, never saved.
+STAGE = ("stage", "stage_E", "stage_row", "stage_col")
+
+#: row_log2 and col_log2 of a layer that has seen no gradient.
+NO_STATISTICS = -(2**15)
+
+
+def _integers(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None, fill: int = 0) -> nn.Parameter:
+    return nn.Parameter(torch.full(shape, fill, dtype=dtype, device=device), requires_grad=False)
+
+
+class TernaryLinear(nn.Module):
+    """y = x · (T · 2^E)ᵀ + bias with T in {-1, 0, 1}, 2 bits a weight.
+
+    Every parameter is an integer tensor that does not require gradients; `ternarize.packing` has the dimension key.
+    A new layer holds zeros: `from_levels` and `ternarize.quantize` fill one.
+
+        T_packed       uint8 [N, B], or [P, N, B] with several trit planes
+        E              int8 [N, G]
+        E_mantissa     uint8, int16 or int32 [N, G], only for imported scales that are no power of two
+        bias           int32 [N] with bias_exponent int8 [1]: bias · 2^bias_exponent; fixed in training
+        T_accum, T_momentum, E_accum, row_log2, col_log2
+                       only if trainable, as rule and form need them (see `ternarize.ops`)
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: whether there is a bias.
+        config: group size, planes, rule and form.
+        trainable: whether to keep the rule's state; only layers of one plane can.
+        device: of the parameters.
+        dtype: that a dense twin would have; `weight` and `ternarize.dequantize` use it.
+
+    Raises:
+        ConfigError: for a trainable layer of several planes.
+    """
+
+    T_packed: nn.Parameter
+    E: nn.Parameter
+    E_mantissa: nn.Parameter | None
+    bias: nn.Parameter | None
+    bias_exponent: nn.Parameter | None
+    T_accum: nn.Parameter | None
+    T_momentum: nn.Parameter | None
+    E_accum: nn.Parameter | None
+    row_log2: nn.Parameter | None
+    col_log2: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        config: TernaryConfig | None = None,
+        trainable: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        config = config or TernaryConfig()
+        if trainable and config.planes > 1:
+            raise ConfigError(
+                f"a layer of {config.planes} trit planes cannot be trainable: use planes=1 or trainable=False"
+            )
+        device = torch.device(device) if device is not None else None
+        self.in_features, self.out_features = in_features, out_features
+        self.config = config
+        self.rule: str = config.rule
+        # A group longer than the row is the row: one spelling, so that equal layers compare and fuse.
+        self.group_size: int = ROW if config.group_size >= in_features else config.group_size
+        self.dtype = dtype or torch.get_default_dtype()
+        #: Name in its model, for messages.
+        self.name = ""
+        #: Set by the output guard: this layer's TileLang kernel is not to be trusted (see `ternarize.guard`).
+        self.tilelang = True
+        #: Phase to the kernel that the last compiled graph chose, with the reason: `ternarize.explain` reads it.
+        self.choices: dict[str, tuple[str, str]] = {}
+
+        packed = (out_features, -(-in_features // 4))
+        grouped = (out_features, groups_per_row(in_features, self.group_size))
+        self.T_packed = _integers(packed if config.planes == 1 else (config.planes, *packed), torch.uint8, device)
+        self.E = _integers(grouped, torch.int8, device)
+        self.register_parameter("E_mantissa", None)
+        self.register_parameter("bias", _integers((out_features,), torch.int32, device) if bias else None)
+        self.register_parameter("bias_exponent", _integers((1,), torch.int8, device) if bias else None)
+        factored = config.rule == "factored"
+        dense = (out_features, in_features)
+        wanted: dict[str, nn.Parameter | None] = dict.fromkeys(TRAINING_STATE)
+        if trainable:
+            wanted["T_accum"] = _integers(dense, torch.int8, device)
+            if factored and config.accumulator == "int8":
+                wanted["T_momentum"] = _integers(dense, torch.int8, device)
+            if factored:
+                wanted["row_log2"] = _integers((out_features,), torch.int16, device, NO_STATISTICS)
+                wanted["col_log2"] = _integers((in_features,), torch.int16, device, NO_STATISTICS)
+            if config.steps_exponents:
+                wanted["E_accum"] = _integers(grouped, torch.int8, device)
+        for name, parameter in wanted.items():
+            self.register_parameter(name, parameter)
+        self.stage: Tensor | None = None
+        self.stage_E: Tensor | None = None
+        self.stage_row: Tensor | None = None
+        self.stage_col: Tensor | None = None
+        self._reset_transients()
+
+    @classmethod
+    def from_levels(
+        cls,
+        levels: Tensor,
+        E: Tensor,
+        *,
+        config: TernaryConfig,
+        E_mantissa: Tensor | None = None,
+        bias: Tensor | None = None,
+        bias_exponent: Tensor | None = None,
+        T_accum: Tensor | None = None,
+        trainable: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """A layer with given weights.
+
+        Args:
+            levels: int8 [N, K], integers of magnitude up to (3^P - 1) / 2.
+            E: int8 [N, G].
+            config: as for the class.
+            E_mantissa: integers that broadcast to [N, G].
+            bias: int32 [N], with ``bias_exponent``.
+            bias_exponent: int8 [1].
+            T_accum: int8 [N, K], the start of the accumulators of a trainable layer; zeros if None.
+            trainable: as for the class.
+            dtype: as for the class.
+        """
+        out_features, in_features = levels.shape
+        layer = cls(
+            in_features,
+            out_features,
+            bias is not None,
+            config=config,
+            trainable=trainable,
+            device=levels.device,
+            dtype=dtype,
+        )
+        T = levels if config.planes == 1 else split_planes(levels, config.planes)
+        layer.T_packed.copy_(pack(T, layer.group_size))
+        if E.shape != layer.E.shape:
+            raise ShapeError(f"E is {list(E.shape)}, need {list(layer.E.shape)} for {in_features} weights a row")
+        layer.E.copy_(E)
+        if E_mantissa is not None:
+            layer.E_mantissa = nn.Parameter(E_mantissa, requires_grad=False)
+        if (
+            layer.bias is not None
+            and layer.bias_exponent is not None
+            and bias is not None
+            and bias_exponent is not None
+        ):
+            layer.bias.copy_(bias)
+            layer.bias_exponent.copy_(bias_exponent)
+        if layer.T_accum is not None and T_accum is not None:
+            layer.T_accum.copy_(T_accum)
+        return layer
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the layer has the state that an update needs."""
+        return self.T_accum is not None
+
+    @property
+    def planes(self) -> int:
+        """P, the number of trit planes."""
+        return self.T_packed.shape[0] if self.T_packed.dim() == 3 else 1
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight [N, K] in `dtype`, formed anew each time: for code that reads a linear layer's weight."""
+        dense: Tensor = torch.ops.ternarize.dequantize(
+            self.T_packed, self.E, self.E_mantissa, self.in_features, self.group_size, self.dtype
+        )
+        return dense
+
+    def _reset_transients(self) -> None:
+        """Make the tensors that graphs take as inputs but no checkpoint holds; before tracing, never inside a graph."""
+        device = self.T_packed.device
+        self.anchor = torch.zeros(0, device=device, requires_grad=True)
+        self.status = torch.zeros(2, dtype=torch.int32, device=device)
+        self.rng = torch.zeros(3, dtype=torch.int64, device=device)
+        if self.stage is not None:
+            self.prepare_training()
+
+    def prepare_training(self) -> None:
+        """Allocate the stage, 8 bits a weight, that backward fills and the optimizer's step empties."""
+        if self.T_accum is None:
+            raise ConfigError(
+                f"layer {self.name!r} keeps no training state: make it with trainable=True, "
+                "or leave it out of the optimizer"
+            )
+        device = self.T_packed.device
+        self.stage = torch.zeros(self.T_accum.shape, dtype=torch.int8, device=device)
+        self.stage_E = None if self.E_accum is None else torch.zeros_like(self.E_accum)
+        if self.rule == "factored":
+            self.stage_row = torch.zeros(self.out_features, dtype=torch.float32, device=device)
+            self.stage_col = torch.zeros(self.in_features, dtype=torch.float32, device=device)
+
+    def freeze(self) -> None:
+        """Drop the training state; the layer stays differentiable in its input."""
+        for name in TRAINING_STATE:
+            setattr(self, name, None)
+        for name in STAGE:
+            setattr(self, name, None)
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
+        device = self.T_packed.device
+        super()._apply(fn, recurse)
+        if self.T_packed.device != device:
+            self._reset_transients()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] to [..., N], in the dtype of x, or of autocast where it is on."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        weights = ([self.T_packed], [self.E], [self.E_mantissa], [self.bias], [self.bias_exponent])
+        outputs: list[Tensor]
+        if self.stage is not None and self.training and torch.is_grad_enabled():
+            outputs = torch.ops.ternarize.linear_train(
+                x,
+                self.anchor,
+                *weights,
+                _present(self.row_log2),
+                _present(self.col_log2),
+                [self.rng],
+                [self.stage],
+                _present(self.stage_E),
+                _present(self.stage_row),
+                _present(self.stage_col),
+                [self.status],
+                self.group_size,
+                self.rule,
+            )
+        else:
+            outputs = torch.ops.ternarize.linear(x, *weights, [self.status], self.group_size, self.tilelang)
+        return outputs[0]
+
+    def extra_repr(self) -> str:
+        """In the manner of nn.Linear, with what is ternary about the layer."""
+        group = "row" if self.group_size == ROW else self.group_size
+        training = f", rule={self.rule}" if self.trainable else ", frozen"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"group_size={group}, planes={self.planes}{training}"
+        )
+
+
+def _present(tensor: Tensor | None) -> list[Tensor]:
+    return [] if tensor is None else [tensor]
+
+
+def ternary_layers(model: nn.Module) -> Iterator[tuple[str, TernaryLinear]]:
+    """Qualified names and ternary layers of a model, each layer once."""
+    for name, module in model.named_modules():
+        if isinstance(module, TernaryLinear):
+            yield name, module

@@ -1,0 +1,310 @@
+"""Every operator of the namespace ``torch.ops.ternarize``: schema, fake implementation, autograd.
+
+Semantic ops are what layers call and Dynamo sees. Layers that share their input (q, k and v; gate and up) are one call,
+so every per-layer argument is a list:
+
+    linear          y_i = x · W_iᵀ + bias_i, differentiable in x
+    linear_train    the same; its backward also stages the integer update of each layer
+    grad_input      sum over i of grad_y_i · W_i
+    update_stage    adds the integers of one micro-batch's gradient to each layer's stage
+    update_commit   applies one layer's stage to its integers, or refuses it
+    dequantize      the dense weight, for code that wants one
+    check_finite    raises a bit of a status tensor if a tensor is not finite
+
+Lowered ops, ``<op>_tilelang``, ``<op>_triton`` and ``<op>_torch``, are what `ternarize.passes.lower_ternary` puts in
+their place: each calls the function of the same name in ``ternarize.backends.<backend>``.
+
+Arguments, by name, with the letters of `ternarize.packing`:
+
+    x              [..., K] floating                      grad_y         [..., N] floating, dtype of x
+    T_packed       uint8 [N, B] or [P, N, B]              E              int8 [N, G]
+    E_mantissa     integer, broadcasts to [N, G]          bias           int32 [N]
+    bias_exponent  int8 [1]                               anchor         floating [0], requires_grad
+    row_log2       int16 [N]                              col_log2       int16 [K]
+    T_accum        int8 [N, K]                            T_momentum     int8 [N, K]
+    E_accum        int8 [N, G]                            rng            int64 [3]: seed, layer, step
+    stage          int8 [N, K]: sum of u                  stage_E        int8 [N, G]: sum of exponent votes
+    stage_row      float32 [N]: sum of G² along K         stage_col      float32 [K]: sum of G² along N
+    status         int32 [2]: bits of what was not finite, staged micro-batches
+    refuse         int32 [1]: not 0 means clear the stage and change nothing else
+
+Tensors that a rule does not need are left out: lists are empty, single tensors are None.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ternarize.errors import ShapeError
+from ternarize.packing import dequantize as _dequantize
+
+BACKENDS = ("tilelang", "triton", "torch")
+
+_WEIGHTS = "Tensor[] T_packed, Tensor[] E, Tensor?[] E_mantissa"
+_BIAS = "Tensor?[] bias, Tensor?[] bias_exponent"
+_TRAIN_STATE = "Tensor[] row_log2, Tensor[] col_log2, Tensor[] rng"
+_STAGE = "Tensor[] stage, Tensor[] stage_E, Tensor[] stage_row, Tensor[] stage_col, Tensor[] status"
+_STAGE_MUTATED = (
+    "Tensor(a!)[] stage, Tensor(b!)[] stage_E, Tensor(c!)[] stage_row, Tensor(d!)[] stage_col, Tensor(e!)[] status"
+)
+
+_LINEAR = f"(Tensor x, {_WEIGHTS}, {_BIAS}, int group_size) -> Tensor[]"
+_GRAD_INPUT = f"(Tensor[] grad_y, {_WEIGHTS}, int in_features, int group_size) -> Tensor"
+_UPDATE_STAGE = (
+    f"(Tensor[] grad_y, Tensor x, Tensor[] T_packed, {_TRAIN_STATE}, {_STAGE_MUTATED}, int group_size, str rule) -> ()"
+)
+_UPDATE_COMMIT = (
+    "(Tensor(a!) T_packed, Tensor(b!) E, Tensor(c!) T_accum, Tensor(d!)? T_momentum, Tensor(e!)? E_accum, "
+    "Tensor(f!)? row_log2, Tensor(g!)? col_log2, Tensor rng, Tensor(h!) stage, Tensor(i!)? stage_E, "
+    "Tensor(j!)? stage_row, Tensor(k!)? stage_col, Tensor(l!) status, Tensor refuse, float lr, int threshold, "
+    "int exponent_threshold, int group_size, str rule) -> ()"
+)
+
+#: Stem of an op: its schema, the module of each backend that holds it, the backends that do.
+_LOWERED: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "linear": (_LINEAR, "linear", BACKENDS),
+    "grad_input": (_GRAD_INPUT, "grad_input", ("triton", "torch")),
+    "update_stage": (_UPDATE_STAGE, "update", ("triton", "torch")),
+    "update_commit": (_UPDATE_COMMIT, "update", ("triton", "torch")),
+}
+
+
+def lowered(stem: str, backend: str) -> torch._ops.OpOverload:
+    """The op that runs ``stem`` with the kernels of ``backend``."""
+    overload: torch._ops.OpOverload = getattr(torch.ops.ternarize, f"{stem}_{backend}").default
+    return overload
+
+
+def kernel(stem: str, backend: str) -> Callable[..., Any]:
+    """The host function of ``stem`` in ``backend``, imported when it is first asked for."""
+    module = importlib.import_module(f"ternarize.backends.{backend}.{_LOWERED[stem][1]}")
+    function: Callable[..., Any] = getattr(module, stem)
+    return function
+
+
+def _define(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    torch.library.define(f"ternarize::{name}", schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    torch.library.impl(f"ternarize::{name}", "default", implementation)
+    torch.library.register_fake(f"ternarize::{name}", fake)
+
+
+# Fake implementations: shapes, dtypes and the errors that a user can cause.
+
+
+def _check_input(x: Tensor, T_packed: Sequence[Tensor]) -> None:
+    if not x.is_floating_point():
+        raise ShapeError(f"a ternary layer got {x.dtype} input: it needs a floating-point tensor")
+    for packed in T_packed:
+        if packed.shape[-1] != (x.shape[-1] + 3) // 4:
+            raise ShapeError(
+                f"input of shape {list(x.shape)} does not fit a ternary layer of {4 * packed.shape[-1]} in_features "
+                "(or up to 3 fewer): its last dimension must be in_features"
+            )
+
+
+def _linear_fake(x: Tensor, T_packed: Sequence[Tensor], *_: Any) -> list[Tensor]:
+    _check_input(x, T_packed)
+    return [x.new_empty((*x.shape[:-1], packed.shape[-2])) for packed in T_packed]
+
+
+def _linear_train_fake(x: Tensor, anchor: Tensor, T_packed: Sequence[Tensor], *_: Any) -> list[Tensor]:  # noqa: ARG001
+    return _linear_fake(x, T_packed)
+
+
+def _grad_input_fake(
+    grad_y: Sequence[Tensor], T_packed: object, E: object, E_mantissa: object, in_features: int, group_size: int
+) -> Tensor:
+    return grad_y[0].new_empty((*grad_y[0].shape[:-1], in_features))
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "linear": _linear_fake,
+    "grad_input": _grad_input_fake,
+    "update_stage": _nothing,
+    "update_commit": _nothing,
+}
+
+
+# Implementations: lowered ops call their kernel, semantic ops choose one.
+
+
+def _mutated(schema: str) -> tuple[int, ...]:
+    """Positions of the arguments that an op of this schema mutates."""
+    return tuple(i for i, argument in enumerate(torch._C.parse_schema("f" + schema).arguments) if argument.is_write)
+
+
+def _run(stem: str, backend: str, mutated: tuple[int, ...], *args: Any) -> Any:
+    result = kernel(stem, backend)(*args)
+    # Kernels write past autograd's version counters, which is how a commit between forward and backward is noticed.
+    for i in mutated:
+        tensors = args[i] if isinstance(args[i], list | tuple) else [args[i]]
+        torch.autograd.graph.increment_version([t for t in tensors if t is not None and not t.is_inference()])
+    return result
+
+
+for _stem, (_schema, _, _backends) in _LOWERED.items():
+    for _backend in _backends:
+        _define(
+            f"{_stem}_{_backend}",
+            _schema,
+            functools.partial(_run, _stem, _backend, _mutated(_schema)),
+            _FAKES[_stem],
+        )
+
+
+def _eager(stem: str, *args: Any) -> Any:
+    """Run a semantic op now, with the kernel that its tensors and the environment ask for."""
+    from ternarize.backends.select import eager_backend
+
+    return _run(stem, eager_backend(stem, args), _mutated(_LOWERED[stem][0]), *args)
+
+
+for _stem in ("grad_input", "update_stage", "update_commit"):
+    _define(_stem, _LOWERED[_stem][0], functools.partial(_eager, _stem), _FAKES[_stem])
+
+
+def _linear_eager(
+    x: Tensor,
+    T_packed: list[Tensor],
+    E: list[Tensor],
+    E_mantissa: list[Tensor | None],
+    bias: list[Tensor | None],
+    bias_exponent: list[Tensor | None],
+    status: list[Tensor],
+    group_size: int,
+    tilelang: bool,
+) -> list[Tensor]:
+    _check_input(x, T_packed)
+    outputs: list[Tensor] = _eager("linear", x, T_packed, E, E_mantissa, bias, bias_exponent, group_size)
+    return outputs
+
+
+_define(
+    "linear",
+    f"(Tensor x, {_WEIGHTS}, {_BIAS}, Tensor[] status, int group_size, bool tilelang) -> Tensor[]",
+    _linear_eager,
+    _linear_fake,
+)
+
+
+def _linear_train_eager(
+    x: Tensor,
+    anchor: Tensor,
+    T_packed: list[Tensor],
+    E: list[Tensor],
+    E_mantissa: list[Tensor | None],
+    bias: list[Tensor | None],
+    bias_exponent: list[Tensor | None],
+    *rest: Any,
+) -> list[Tensor]:
+    _check_input(x, T_packed)
+    group_size = rest[-2]
+    outputs: list[Tensor] = _eager("linear", x, T_packed, E, E_mantissa, bias, bias_exponent, group_size)
+    return outputs
+
+
+_define(
+    "linear_train",
+    f"(Tensor x, Tensor anchor, {_WEIGHTS}, {_BIAS}, {_TRAIN_STATE}, {_STAGE}, int group_size, str rule) -> Tensor[]",
+    _linear_train_eager,
+    _linear_train_fake,
+)
+
+
+def _dequantize_eager(
+    T_packed: Tensor, E: Tensor, E_mantissa: Tensor | None, in_features: int, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    return _dequantize(T_packed, E, E_mantissa, in_features, group_size, dtype)
+
+
+def _dequantize_fake(
+    T_packed: Tensor, E: Tensor, E_mantissa: Tensor | None, in_features: int, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    return T_packed.new_empty((T_packed.shape[-2], in_features), dtype=dtype)
+
+
+_define(
+    "dequantize",
+    "(Tensor T_packed, Tensor E, Tensor? E_mantissa, int in_features, int group_size, ScalarType dtype) -> Tensor",
+    _dequantize_eager,
+    _dequantize_fake,
+)
+
+
+def _check_finite(value: Tensor, given: Tensor | None, status: Tensor, bit: int) -> None:
+    """Raise ``bit`` in status[0] if ``value`` is not finite though ``given``, if any, is."""
+    broken = ~torch.isfinite(value).all()
+    if given is not None:
+        broken &= torch.isfinite(given).all()
+    status[0] |= broken.to(torch.int32) * bit
+
+
+_define("check_finite", "(Tensor value, Tensor? given, Tensor(a!) status, int bit) -> ()", _check_finite, _nothing)
+
+
+# Autograd.
+
+
+def _no_gradients(inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """None for every input, in the structure that torch.library wants: a list of tensors gives a list of None."""
+    return tuple(
+        [None] * len(given) if isinstance(given, list) and all(isinstance(t, Tensor) for t in given) else None
+        for given in inputs
+    )
+
+
+def _save(ctx: Any, x: Tensor, T_packed: list[Tensor], E: list[Tensor], E_mantissa: list[Tensor | None]) -> None:
+    # Version-checked: a commit between forward and backward must be an error.
+    ctx.save_for_backward(x, *T_packed, *E, *E_mantissa)
+    ctx.layers, ctx.in_features = len(T_packed), x.shape[-1]
+    ctx.set_materialize_grads(True)
+
+
+def _grad_input(ctx: Any, grad_y: list[Tensor]) -> Tensor | None:
+    if not ctx.needs_input_grad[0]:
+        return None
+    n = ctx.layers
+    _, *weights = ctx.saved_tensors
+    T_packed, E, E_mantissa = weights[:n], weights[n : 2 * n], weights[2 * n :]
+    grad_x: Tensor = torch.ops.ternarize.grad_input(grad_y, T_packed, E, E_mantissa, ctx.in_features, ctx.group_size)
+    return grad_x
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, T_packed, E, E_mantissa, *_, ctx.group_size, _ = inputs
+    # x itself is not needed: an empty stand-in keeps `_save` one function.
+    _save(ctx, x.new_empty(0, x.shape[-1]), T_packed, E, E_mantissa)
+    ctx.no_gradients = _no_gradients(inputs[1:])
+
+
+def _linear_backward(ctx: Any, grad_y: list[Tensor]) -> tuple[Any, ...]:
+    return _grad_input(ctx, grad_y), *ctx.no_gradients
+
+
+torch.library.register_autograd("ternarize::linear", _linear_backward, setup_context=_linear_setup)
+
+
+def _linear_train_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, _, T_packed, E, E_mantissa, _, _, *state, ctx.group_size, ctx.rule = inputs
+    _save(ctx, x, T_packed, E, E_mantissa)
+    # Not version-checked: backward itself mutates these, which a tied layer and two live graphs must survive.
+    ctx.state = state
+    ctx.no_gradients = _no_gradients(inputs[1:])
+
+
+def _linear_train_backward(ctx: Any, grad_y: list[Tensor]) -> tuple[Any, ...]:
+    grad_x = _grad_input(ctx, grad_y)
+    x, *weights = ctx.saved_tensors
+    torch.ops.ternarize.update_stage(grad_y, x, weights[: ctx.layers], *ctx.state, ctx.group_size, ctx.rule)
+    return grad_x, *ctx.no_gradients
+
+
+torch.library.register_autograd("ternarize::linear_train", _linear_train_backward, setup_context=_linear_train_setup)

@@ -1,7 +1,7 @@
 """Which kernel runs an op: one choice a node, made when a graph is lowered, with the reason for it.
 
-Each backend has a verifier, ``verify(stem, facts) -> (ok, reason)``, in its ``__init__``. In ``auto`` the candidates are
-tried in order and the refusals are kept as the reason; a forced backend that cannot run a call raises its own.
+Each backend has a verifier, ``verify(stem, facts) -> (ok, reason)``, in its ``__init__``. In ``auto`` the candidates
+are tried in order and the refusals are kept as the reason; a forced backend that cannot run a call raises its own.
 """
 
 import dataclasses

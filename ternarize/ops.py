@@ -111,7 +111,7 @@ def _linear_fake(x: Tensor, T_packed: Sequence[Tensor], *_: Any) -> list[Tensor]
     return [x.new_empty((*x.shape[:-1], packed.shape[-2])) for packed in T_packed]
 
 
-def _linear_train_fake(x: Tensor, anchor: Tensor, T_packed: Sequence[Tensor], *_: Any) -> list[Tensor]:  # noqa: ARG001
+def _linear_train_fake(x: Tensor, anchor: Tensor, T_packed: Sequence[Tensor], *_: Any) -> list[Tensor]:
     return _linear_fake(x, T_packed)
 
 

@@ -2,4 +2,5 @@
 
 from ternarize import errors as errors
 from ternarize.config import TernaryConfig as TernaryConfig
+from ternarize.explain import explain as explain
 from ternarize.layer import TernaryLinear as TernaryLinear

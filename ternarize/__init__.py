@@ -1,6 +1,9 @@
 """Ternary PyTorch models: {-1, 0, +1} weights, 2 bits each, in training, in serving and on disk."""
 
 from ternarize import errors as errors
+from ternarize.api import dequantize as dequantize
+from ternarize.api import freeze as freeze
+from ternarize.api import ternarize as ternarize
 from ternarize.config import TernaryConfig as TernaryConfig
 from ternarize.explain import explain as explain
 from ternarize.layer import TernaryLinear as TernaryLinear

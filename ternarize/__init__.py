@@ -7,3 +7,5 @@ from ternarize.api import ternarize as ternarize
 from ternarize.config import TernaryConfig as TernaryConfig
 from ternarize.explain import explain as explain
 from ternarize.layer import TernaryLinear as TernaryLinear
+from ternarize.optim import TernaryOptimizer as TernaryOptimizer
+from ternarize.optim import build_optimizer as build_optimizer

@@ -67,7 +67,7 @@ class DenseLayer:
 
 
 def _dense_types() -> tuple[type[nn.Module], ...]:
-    """nn.Linear and, where transformers is loaded, the Conv1D of GPT-2: a linear layer whose weight is stored [K, N]."""
+    """nn.Linear and, where transformers is loaded, the Conv1D of GPT-2: a linear layer that stores its weight as [K, N]."""
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     return (nn.Linear,) if conv1d is None else (nn.Linear, conv1d)
 

@@ -200,7 +200,9 @@ class TernaryLinear(nn.Module):
         self.anchor = torch.zeros(0, device=device, requires_grad=True)
         self.status = torch.zeros(2, dtype=torch.int32, device=device)
         guard.register(self)
-        self.rng = torch.zeros(3, dtype=torch.int64, device=device)
+        # The optimizer keeps its seed and step here: they move along, as its parameters do.
+        rng: Tensor = getattr(self, "rng", torch.zeros(3, dtype=torch.int64, device=device))
+        self.rng = torch.zeros_like(rng, device=device) if rng.is_meta else rng.to(device)
         if self.stage is not None:
             self.prepare_training()
 

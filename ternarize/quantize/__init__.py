@@ -1,1 +1,157 @@
-"""Dense weights to ternary ones."""
+"""Dense weights to integer levels and power-of-two exponents: rounding here, one file for each choice of exponents."""
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from ternarize.backends.torch.update import FORMS, row_strips
+from ternarize.config import TernaryConfig
+from ternarize.errors import ConversionError, ShapeError
+from ternarize.packing import E_MAX, E_MIN, exp2_exact, expand_groups, groups_per_row, largest_level
+from ternarize.quantize.absmean import absmean_exponents
+from ternarize.quantize.least_squares import least_squares_exponents
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A dense weight as integers; `ternarize.packing` has the dimension key."""
+
+    levels: Tensor
+    """int8 [N, K], of magnitude up to (3^P - 1) / 2."""
+
+    E: Tensor
+    """int8 [N, G]: the weight is about levels · 2^E."""
+
+    T_accum: Tensor | None
+    """int8 [N, K], where the accumulators of a trainable layer start; None for several planes."""
+
+
+def quantize_weight(weight: Tensor, config: TernaryConfig, *, name: str = "weight") -> Quantized:
+    """Round a dense weight to levels times a power of two a group.
+
+    With one plane and ``init="absmean"``, 2^E is the power of two nearest to the mean magnitude of the group (BitNet
+    b1.58, Ma et al., 2024, arXiv:2402.17764, section 2, with the scale rounded); otherwise it is the one with the
+    smallest squared error. What rounding to a trit leaves goes into T_accum, so that a trit and its accumulator are one
+    position that training moves continuously. A group of zeros gets the exponent that nn.Linear's own initialisation
+    would have given it: training can fill it.
+
+    Works on strips of rows: beside the result, scratch is bounded whatever the size of the weight.
+
+    Args:
+        weight: floating [N, K], on any device that holds data.
+        config: group size, planes, init, and the rule and form that T_accum is for.
+        name: of the weight, for messages.
+
+    Returns:
+        Levels, exponents within [-126, 127] with levels · 2^E finite in float32, and the accumulators.
+
+    Raises:
+        ConversionError: if the weight holds NaN, Inf or numbers beyond float32.
+        ShapeError: if the weight is no floating-point matrix.
+    """
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ShapeError(f"{name} is {weight.dtype} {list(weight.shape)}: only floating-point matrices can be ternary")
+    weight = weight.detach()
+    rows, in_features = weight.shape
+    groups = groups_per_row(in_features, config.group_size)
+    levels = weight.new_empty((rows, in_features), dtype=torch.int8)
+    E = weight.new_empty((rows, groups), dtype=torch.int8)
+    T_accum = torch.zeros_like(levels) if config.planes == 1 else None
+    for strip in row_strips(rows, in_features):
+        grouped = _group(finite_float32(weight[strip], name), config.group_size)
+        E[strip] = _exponents(grouped, in_features, config)
+        position = grouped / exp2_exact(E[strip])[..., None]
+        largest = largest_level(config.planes)
+        nearest = torch.round(position).clamp(-largest, largest)
+        levels[strip] = _ungroup(nearest, in_features)
+        if T_accum is not None and config.rule == "factored":
+            T_accum[strip] = _ungroup(_remainder(position - nearest, config.accumulator), in_features)
+    return Quantized(levels, E, T_accum)
+
+
+def finite_float32(tensor: Tensor, name: str) -> Tensor:
+    """A tensor in float32.
+
+    Raises:
+        ConversionError: if any number of it is not finite there.
+    """
+    converted = tensor.detach().to(torch.float32)
+    if not torch.isfinite(converted).all():
+        raise ConversionError(
+            f"{name} holds NaN, Inf or numbers beyond float32: repair the checkpoint, or exclude this layer"
+        )
+    return converted
+
+
+def _group(strip: Tensor, group_size: int) -> Tensor:
+    """[R, K] to [R, G, s]; the tail group is filled with zeros, which change no sum, maximum or error."""
+    in_features = strip.shape[1]
+    groups = groups_per_row(in_features, group_size)
+    size = in_features if groups == 1 else group_size
+    padded = torch.nn.functional.pad(strip, (0, groups * size - in_features))
+    return padded.reshape(-1, groups, size)
+
+
+def _ungroup(grouped: Tensor, in_features: int) -> Tensor:
+    return grouped.flatten(1)[:, :in_features]
+
+
+def _exponents(grouped: Tensor, in_features: int, config: TernaryConfig) -> Tensor:
+    """int8 [R, G] for float32 [R, G, s]."""
+    largest = largest_level(config.planes)
+    if config.planes == 1 and config.init == "absmean":
+        exponents = absmean_exponents(grouped, in_features)
+    else:
+        exponents = least_squares_exponents(grouped, largest)
+    # largest · 2^E stays finite in float32: 13 · 2^124 is below 2^128, 13 · 2^125 is not.
+    exponents = exponents.clamp(E_MIN, E_MAX - int(math.log2(largest)))
+    # The mean magnitude of nn.Linear's uniform(-1/sqrt(K), 1/sqrt(K)).
+    untrained = round(math.log2(0.5 / math.sqrt(in_features)))
+    return torch.where(grouped.any(-1), exponents, untrained).to(torch.int8)
+
+
+def _remainder(remainder: Tensor, accumulator: str) -> Tensor:
+    """What rounding left, in trits, as T_accum of the `factored` rule: 2 · theta a trit, momentum 0."""
+    theta, _, _ = FORMS[accumulator]
+    accum = torch.round(remainder * (2 * theta)).clamp(-theta, theta).to(torch.int8)
+    return accum if accumulator == "int8" else accum & 15
+
+
+def quantize_bias(bias: Tensor, *, name: str = "bias") -> tuple[Tensor, Tensor]:
+    """Round a bias to integers times one power of two, the smallest with which the largest entry fits int32.
+
+    Args:
+        bias: floating [N].
+        name: of the bias, for messages.
+
+    Returns:
+        int32 [N] and int8 [1]: the bias is integers · 2^exponent, to 2^-31 of the largest entry.
+
+    Raises:
+        ConversionError: if the bias holds NaN, Inf or numbers beyond float32.
+    """
+    exact = finite_float32(bias, name).to(torch.float64)
+    # The largest entry is m · 2^e with m < 1, so m · 2^31 fits; float32 has too few bits to round it up to 2^31.
+    _, e = torch.frexp(exact.abs().amax(0, keepdim=True))
+    exponent = (e - 31).clamp(E_MIN, E_MAX)
+    return torch.round(torch.ldexp(exact, -exponent)).to(torch.int32), exponent.to(torch.int8)
+
+
+def relative_error(weight: Tensor, quantized: Quantized, group_size: int) -> float:
+    """|W - W'|² / |W|², W' being levels · 2^E; 0 for a weight of zeros.
+
+    Args:
+        weight: floating [N, K], finite in float32.
+        quantized: its levels and exponents.
+        group_size: that it was quantised with.
+    """
+    in_features = weight.shape[1]
+    error, total = weight.new_zeros(2, dtype=torch.float64)
+    for strip in row_strips(*weight.shape):
+        dense = weight[strip].detach().to(torch.float64)
+        scale = exp2_exact(quantized.E[strip]).to(torch.float64)
+        error += (dense - quantized.levels[strip] * expand_groups(scale, in_features, group_size)).square().sum()
+        total += dense.square().sum()
+    return (error / total).item() if total else 0.0

@@ -76,7 +76,8 @@ def facts_of(stem: str, args: Sequence[Any]) -> Facts:
     )
 
 
-def _verify(backend: str, stem: str, facts: Facts) -> tuple[bool, str]:
+def verify(backend: str, stem: str, facts: Facts) -> tuple[bool, str]:
+    """Whether ``backend`` can run a call of ``stem``, and why (not)."""
     if backend == "torch":
         return True, "the reference runs everywhere"
     result: tuple[bool, str] = importlib.import_module(f"ternarize.backends.{backend}").verify(stem, facts)
@@ -128,7 +129,7 @@ def _choose(stem: str, phase: Phase, facts: Facts, policy: Kernels, tilelang: bo
         elif policy == "auto" and backend != "torch" and facts.device != "cuda":
             ok, reason = False, f"the tensors are on {facts.device}"
         else:
-            ok, reason = _verify(backend, stem, facts)
+            ok, reason = verify(backend, stem, facts)
         if ok:
             return Choice(backend, "; ".join(refusals) or reason)
         if policy != "auto":

@@ -21,7 +21,7 @@ def make_layer(in_features: int, out_features: int, form: str = "int8", *, trit:
     """A trainable layer of one trit value, or of random ones."""
     shape = (out_features, in_features)
     levels = torch.randint(-1, 2, shape, dtype=torch.int8) if trit is None else torch.full(shape, trit).to(torch.int8)
-    # Outputs of about the size of the inputs: half of the weights are ±2^E.
+    # Outputs of about the size of the inputs: two thirds of the weights are ±2^E.
     exponent = -round(torch.tensor(2 / 3 * in_features).sqrt().log2().item())
     E = torch.full((out_features, -(-in_features // 16)), exponent, dtype=torch.int8)
     return TernaryLinear.from_levels(levels, E, config=FORMS[form], trainable=True)

@@ -4,6 +4,7 @@ import dataclasses
 
 import torch
 from torch import fx, nn
+from torch.fx.node import Argument
 
 from ternarize.layer import TernaryLinear
 
@@ -93,8 +94,8 @@ def swap_linear_calls(calls: LinearCalls, layer: TernaryLinear) -> None:
     graph_module.recompile()
 
 
-def _arguments(node: fx.Node) -> dict[str, object]:
-    return dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+def _arguments(node: fx.Node) -> dict[str, Argument]:
+    return {**dict(zip(("input", "weight", "bias"), node.args, strict=False)), **node.kwargs}
 
 
 def _parameter_path(graph_module: fx.GraphModule, node: object) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import Argument
 
 from ternarize.layer import TernaryLinear
 from ternarize.passes.base import GraphPass, copy_meta
@@ -101,8 +102,8 @@ def swap_linear_calls(calls: LinearCalls, layer: TernaryLinear) -> None:
     graph_module.recompile()
 
 
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    return dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+def _arguments(node: fx.Node) -> dict[str, Argument]:
+    return {**dict(zip(("input", "weight", "bias"), node.args, strict=False)), **node.kwargs}
 
 
 def _parameter_path(graph_module: fx.GraphModule, node: object) -> str | None:

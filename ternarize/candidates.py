@@ -67,7 +67,7 @@ class DenseLayer:
 
 
 def _dense_types() -> tuple[type[nn.Module], ...]:
-    """nn.Linear and, where transformers is loaded, the Conv1D of GPT-2: a linear layer that stores its weight as [K, N]."""
+    """nn.Linear and, where transformers is loaded, GPT-2's Conv1D: a linear layer whose weight is stored [K, N]."""
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     return (nn.Linear,) if conv1d is None else (nn.Linear, conv1d)
 
@@ -116,7 +116,8 @@ def _called_layer(prefix: str, calls: LinearCalls) -> DenseLayer:
     weight = calls.graph_module.get_parameter(calls.weight)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = weight
-    linear.bias = None if calls.bias is None else calls.graph_module.get_parameter(calls.bias)
+    if calls.bias is not None:
+        linear.bias = calls.graph_module.get_parameter(calls.bias)
     linear.train(calls.graph_module.training)
     path = _join(prefix, calls.weight)
     return DenseLayer([path.removesuffix(".weight")], linear, {path}, calls)

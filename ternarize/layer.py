@@ -241,7 +241,8 @@ class TernaryLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N], in the dtype of x, or of autocast where it is on."""
-        if torch.is_autocast_enabled(x.device.type):
+        # Autocast knows no meta device and raises when asked about it.
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         weights = ([self.T_packed], [self.E], [self.E_mantissa], [self.bias], [self.bias_exponent])
         outputs: list[Tensor]

@@ -87,9 +87,7 @@ def linear_program(
                 if folds_scale:
                     T.gemm(weight, s_x, accumulator, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
                 else:
-                    T.gemm(
-                        weight, s_x, group_sum, transpose_B=True, policy=T.GemmWarpPolicy.FullRow, clear_accum=True
-                    )
+                    T.gemm(weight, s_x, group_sum, transpose_B=True, policy=T.GemmWarpPolicy.FullRow, clear_accum=True)
                     for n in T.Parallel(block_N):
                         scale[n] = _exp2(E[n0 + n, k])
                     for n, m in T.Parallel(block_N, block_M):

@@ -7,6 +7,9 @@ are tried in order and the refusals are kept as the reason; a forced backend tha
 import dataclasses
 import functools
 import importlib
+import importlib.metadata
+import os
+import shutil
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -73,7 +76,8 @@ def facts_of(stem: str, args: Sequence[Any]) -> Facts:
     )
 
 
-def _verify(backend: str, stem: str, facts: Facts) -> tuple[bool, str]:
+def verify(backend: str, stem: str, facts: Facts) -> tuple[bool, str]:
+    """Whether ``backend`` can run a call of ``stem``, and why (not)."""
     if backend == "torch":
         return True, "the reference runs everywhere"
     result: tuple[bool, str] = importlib.import_module(f"ternarize.backends.{backend}").verify(stem, facts)
@@ -87,7 +91,6 @@ def candidates(phase: Phase, policy: Kernels) -> tuple[str, ...]:
     return ("tilelang", "triton", "torch") if phase == "inference" else ("triton", "torch")
 
 
-@functools.cache
 def choose(stem: str, phase: Phase, facts: Facts, policy: Kernels, *, tilelang: bool = True) -> Choice:
     """The backend for one call of ``stem``.
 
@@ -102,30 +105,58 @@ def choose(stem: str, phase: Phase, facts: Facts, policy: Kernels, *, tilelang: 
         KernelError: if a backend is forced and cannot run the call.
     """
     if policy == "tilelang" and phase == "training":
-        if not flag("TERNARIZE_TILELANG_TRAINING", "ARB_TILELANG_TRAINING", default=False):
+        if not tilelang_trains():
             raise KernelError(
-                "TERNARIZE_BACKEND=tilelang covers inference graphs only, and this is a training graph: use auto, or "
-                "set TERNARIZE_TILELANG_TRAINING=1"
+                "kernels=tilelang covers inference graphs only, and this is a training graph: use auto, or set "
+                "TERNARIZE_TILELANG_TRAINING=1"
             )
-        if stem != "linear":
-            policy = "triton"
+        # TileLang has no kernels for the backward yet: the gate opens its forward.
+        policy = "tilelang" if stem == "linear" else "triton"
+    return _choose(stem, phase, facts, policy, tilelang)
+
+
+def tilelang_trains() -> bool:
+    """Whether TileLang may be forced in training graphs: TERNARIZE_TILELANG_TRAINING, off by default."""
+    return flag("TERNARIZE_TILELANG_TRAINING", "ARB_TILELANG_TRAINING", default=False)
+
+
+@functools.cache
+def _choose(stem: str, phase: Phase, facts: Facts, policy: Kernels, tilelang: bool) -> Choice:
     refusals: list[str] = []
     for backend in candidates(phase, policy):
         if backend == "tilelang" and not tilelang:
-            ok, reason = False, "its output was not finite earlier in this process"
+            ok, reason = False, "its output was not finite earlier in this process, or is not guarded here"
         elif policy == "auto" and backend != "torch" and facts.device != "cuda":
             ok, reason = False, f"the tensors are on {facts.device}"
         else:
-            ok, reason = _verify(backend, stem, facts)
+            ok, reason = verify(backend, stem, facts)
         if ok:
             return Choice(backend, "; ".join(refusals) or reason)
         if policy != "auto":
-            raise KernelError(f"TERNARIZE_BACKEND={policy} cannot run {stem}: {reason}; use auto, or lift that limit")
+            raise KernelError(f"kernels={policy} cannot run {stem}: {reason}; use auto, or lift that limit")
         refusals.append(f"not {backend}: {reason}")
     raise AssertionError("the torch backend accepts every call")
 
 
 def eager_backend(stem: str, args: Sequence[Any]) -> str:
-    """The backend that runs a semantic op outside of graphs. TileLang is for graphs, where its output is guarded."""
+    """The backend that runs a semantic op outside of graphs.
+
+    In ``auto`` that is Triton or torch: TileLang's output is guarded in graphs only.
+    """
     policy = kernels_policy()
-    return choose(stem, "training" if policy != "tilelang" else "inference", facts_of(stem, args), policy).backend
+    phase: Phase = "inference" if policy == "tilelang" else "training"
+    return choose(stem, phase, facts_of(stem, args), policy).backend
+
+
+def fingerprint() -> tuple[Any, ...]:
+    """All that choices depend on beside the graph: part of the key of Inductor's caches."""
+    versions = tuple(_version(package) for package in ("triton", "tilelang"))
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    return (*versions, capability, tilelang_trains(), os.environ.get("TRITON_INTERPRET"), shutil.which("nvcc"))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

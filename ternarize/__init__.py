@@ -3,3 +3,5 @@
 from ternarize import errors as errors
 from ternarize.config import TernaryConfig as TernaryConfig
 from ternarize.layer import TernaryLinear as TernaryLinear
+from ternarize.optim import TernaryOptimizer as TernaryOptimizer
+from ternarize.optim import build_optimizer as build_optimizer

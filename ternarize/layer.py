@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ternarize import ops as ops
+from ternarize import guard, ops  # noqa: F401  # importing ops registers torch.ops.ternarize
 from ternarize.config import TernaryConfig
 from ternarize.errors import ConfigError, ShapeError
 from ternarize.packing import ROW, groups_per_row, pack, split_planes
@@ -199,7 +199,10 @@ class TernaryLinear(nn.Module):
         device = self.T_packed.device
         self.anchor = torch.zeros(0, device=device, requires_grad=True)
         self.status = torch.zeros(2, dtype=torch.int32, device=device)
-        self.rng = torch.zeros(3, dtype=torch.int64, device=device)
+        guard.register(self)
+        # The optimizer keeps its seed and step here: they move along, as its parameters do.
+        rng: Tensor = getattr(self, "rng", torch.zeros(3, dtype=torch.int64, device=device))
+        self.rng = torch.zeros_like(rng, device=device) if rng.is_meta else rng.to(device)
         if self.stage is not None:
             self.prepare_training()
 
@@ -223,6 +226,11 @@ class TernaryLinear(nn.Module):
             setattr(self, name, None)
         for name in STAGE:
             setattr(self, name, None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copied or unpickled layer, whose status tensor is a new one."""
+        super().__setstate__(state)
+        guard.register(self)
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
         device = self.T_packed.device

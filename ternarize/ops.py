@@ -10,6 +10,7 @@ so every per-layer argument is a list:
     update_commit   applies one layer's stage to its integers, or refuses it
     dequantize      the dense weight, for code that wants one
     check_finite    raises a bit of a status tensor if a tensor is not finite
+    guard_loss      a copy of the loss, whose backward raises a bit of a status tensor if the loss is not finite
 
 Lowered ops, ``<op>_tilelang``, ``<op>_triton`` and ``<op>_torch``, are what `ternarize.passes.lower_ternary` puts in
 their place: each calls the function of the same name in ``ternarize.backends.<backend>``.
@@ -250,6 +251,17 @@ def _check_finite(value: Tensor, given: Tensor | None, status: Tensor, bit: int)
 _define("check_finite", "(Tensor value, Tensor? given, Tensor(a!) status, int bit) -> ()", _check_finite, _nothing)
 
 
+def _guard_loss(loss: Tensor, status: Tensor, bit: int) -> Tensor:
+    return loss.clone()
+
+
+def _guard_loss_fake(loss: Tensor, status: Tensor, bit: int) -> Tensor:
+    return torch.empty_like(loss)
+
+
+_define("guard_loss", "(Tensor loss, Tensor status, int bit) -> Tensor", _guard_loss, _guard_loss_fake)
+
+
 # Autograd.
 
 
@@ -308,3 +320,17 @@ def _linear_train_backward(ctx: Any, grad_y: list[Tensor]) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("ternarize::linear_train", _linear_train_backward, setup_context=_linear_train_setup)
+
+
+def _guard_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    loss, ctx.status, ctx.bit = inputs
+    ctx.save_for_backward(loss)
+
+
+def _guard_loss_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    (loss,) = ctx.saved_tensors
+    torch.ops.ternarize.check_finite(loss, None, ctx.status, ctx.bit)
+    return grad, None, None
+
+
+torch.library.register_autograd("ternarize::guard_loss", _guard_loss_backward, setup_context=_guard_loss_setup)

@@ -92,12 +92,11 @@ def unpack(T_packed: Tensor, in_features: int, group_size: int) -> Tensor:
     sections = _sections(in_features, group_size)
     parts = []
     for packed, (groups, size) in zip(T_packed.split([n * -(-s // 4) for n, s in sections], -1), sections, strict=True):
-        q = -(-size // 4)
-        shift = torch.tensor([6, 4, 2, 0], dtype=torch.uint8, device=T_packed.device)[:, None]
-        # Shifted left, the two bits are the sign bits of an int8, and the arithmetic shift right extends them.
-        planes = (packed.unflatten(-1, (groups, 1, q)) << shift).view(torch.int8) >> 6
-        parts.append(planes.flatten(-2)[..., :size].flatten(-2))
-    return torch.cat(parts, -1)
+        # Shifted left, the two bits are the sign bits of an int8, and the arithmetic shift right extends them. Bytes
+        # are shifted where they lie and only then dealt out to their places: on a CPU that is the fast order.
+        fields = [((packed << shift).view(torch.int8) >> 6).unflatten(-1, (groups, -1)) for shift in (6, 4, 2, 0)]
+        parts.append(torch.cat(fields, -1)[..., :size].flatten(-2))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def has_illegal_code(T_packed: Tensor) -> bool:
@@ -162,4 +161,4 @@ def dequantize(
     levels = combine_planes(T) if T.dim() == 3 else T
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     scale = group_scale(E, E_mantissa).to(accumulate)
-    return (levels.to(accumulate) * expand_groups(scale, in_features, group_size)).to(dtype)
+    return levels.to(accumulate).mul_(expand_groups(scale, in_features, group_size)).to(dtype)

@@ -1,1 +1,68 @@
 """TileLang kernels: the default in inference graphs on Hopper. TileLang itself is imported when a kernel is built."""
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from ternarize.backends.select import Facts
+
+#: Compute capability of Hopper: the kernels use its wgmma and TMA instructions.
+CAPABILITY = (9, 0)
+
+#: Group sizes of `linear`: one group is one step of its loop along K, held in shared memory and registers at once.
+GROUP_SIZES = (32, 64, 128, 256)
+
+
+def _finds_nvcc() -> bool:
+    """Whether TileLang will find nvcc, in the places and the order of tilelang.env."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return (Path(home) / "bin" / "nvcc").is_file()
+    if shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").is_file():
+        return True
+    try:
+        importlib.metadata.version("nvidia-cuda-nvcc")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def verify(stem: str, facts: "Facts") -> tuple[bool, str]:
+    """Whether a TileLang kernel can run a call, and why not.
+
+    Args:
+        stem: linear, grad_input, update_stage or update_commit.
+        facts: of the call.
+    """
+    K = facts.in_features
+    g = facts.group_size if facts.group_size > 0 else K
+    for refused, reason in (
+        (stem != "linear", f"there is no TileLang kernel for {stem}, only for linear"),
+        (facts.device != "cuda", f"the tensors are on {facts.device}, need cuda"),
+        (
+            facts.capability != CAPABILITY,
+            "the GPU has compute capability {}.{}, need 9.0 (Hopper)".format(*facts.capability),
+        ),
+        (
+            facts.dtype not in (torch.bfloat16, torch.float16),
+            f"the activations are {facts.dtype}, need torch.bfloat16 or torch.float16",
+        ),
+        (any(p != 1 for p in facts.planes), f"a layer has {max(facts.planes)} trit planes, it handles one trit plane"),
+        (facts.mantissa, "a layer has scales with a mantissa, need powers of two"),
+        (
+            g not in GROUP_SIZES,
+            f"group_size is {facts.group_size} at in_features {K}, need one of {', '.join(map(str, GROUP_SIZES))}",
+        ),
+        (K % g != 0, f"in_features {K} is not a multiple of group_size {g}"),
+        (importlib.util.find_spec("tilelang") is None, "the package tilelang is not installed"),
+        (not _finds_nvcc(), "TileLang compiles with nvcc, and there is none on PATH or under CUDA_HOME"),
+    ):
+        if refused:
+            return False, reason
+    return True, "TileLang runs on Hopper"

@@ -1,0 +1,54 @@
+"""Make the integer updates of a training graph its hooks: once a backward, on the layers' own tensors."""
+
+import torch
+from torch import fx
+
+from ternarize.errors import TernarizeError
+from ternarize.passes.base import GraphPass, calls
+
+#: Position of the first and one past the last tensor list of `linear_train` that its backward mutates or reads fresh.
+_STATE = slice(7, 15)
+
+
+class InsertUpdateHookPass(GraphPass):
+    """Tie every `linear_train` of a joint graph to the update hook that its backward runs.
+
+    Runs on the joint forward and backward graph, before it is partitioned. Autograd has written one ``update_stage``
+    for each ``linear_train``, functionalised:
+
+        y       = ternarize.linear_train(x, anchor, [T], [E], ..., [stage], ..., [status], 128, "factored")
+        ...
+        staged  = auto_functionalized_v2(ternarize.update_stage, grad_y=[g], x=x, ..., _all_bases=[stage, status])
+
+    What remains is to say that the stage belongs to the step and not to the forward that first saw it: the stage,
+    statistics and status tensors are marked so that saving them for backward does not record their version. Without
+    the mark two forwards before two backwards raise "modified by an inplace operation", as would a layer used twice.
+    T_packed and E stay checked: a commit between forward and backward is an error. A hook that is missing would mean a
+    layer that silently never learns, so the numbers of calls and hooks are compared. Counts hooks.
+    """
+
+    def rewrite(self, graph: fx.Graph) -> int:
+        """Mark the state of each `linear_train`, and check that each has its hook."""
+        layers = hooks = 0
+        for node in graph.nodes:
+            if calls(node, torch.ops.ternarize.linear_train):
+                layers += len(node.args[2])
+                for tensors in node.args[_STATE]:
+                    for tensor in tensors:
+                        tensor.meta["saved_tensor_with_no_vc_check"] = True
+            elif updates_stage(node):
+                hooks += len(node.kwargs["grad_y"] if "grad_y" in node.kwargs else node.args[0])
+        if layers != hooks:
+            raise TernarizeError(
+                f"the training graph has {layers} ternary layers and {hooks} update hooks, and every layer needs one: "
+                "please report this with the model; until then train it without torch.compile"
+            )
+        return hooks
+
+
+def updates_stage(node: fx.Node) -> bool:
+    """Whether a node is an update hook, functionalised or not."""
+    hook = torch.ops.ternarize.update_stage
+    if node.op == "call_function" and node.target is torch.ops.higher_order.auto_functionalized_v2:
+        return node.args[0] is hook.default
+    return calls(node, hook)

@@ -1,0 +1,107 @@
+"""Replace semantic ops by the ops of the backend that runs them."""
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ternarize.backends.select import Choice, Phase, choose, facts_of
+from ternarize.config import Kernels
+from ternarize.errors import TernarizeError
+from ternarize.ops import lowered
+from ternarize.passes.base import GraphPass, calls, copy_meta
+from ternarize.passes.insert_update_hook import updates_stage
+
+
+class LowerTernaryPass(GraphPass):
+    """Choose a kernel for every ternary op and call it.
+
+    Runs on the functional graph after autograd, right before Inductor's own passes, with the phase of the graph. The
+    choice is made per node by `ternarize.backends.select` from fake tensors. Before and after, in an inference graph:
+
+        linear   = ternarize.linear(x, [T], [E], [None], [None], [None], [status], 128, True)
+        linear_1 = ternarize.linear_tilelang(x, [T], [E], [None], [None], [None], 128)
+
+    ``linear_train`` becomes the same lowered op: its update is already in the backward graph, where ``grad_input`` and
+    ``update_stage`` (inside its auto_functionalized_v2) are replaced likewise. A semantic op that is left over is an
+    error. Counts lowered ops.
+    """
+
+    def __init__(self, phase: Phase, policy: Kernels) -> None:
+        self._phase: Phase = phase
+        self._policy: Kernels = policy
+
+    def rewrite(self, graph: fx.Graph) -> int:
+        """Lower every ternary op of the graph."""
+        count = 0
+        for node in list(graph.nodes):
+            if updates_stage(node):
+                self._lower_hook(node)
+            elif calls(
+                node, torch.ops.ternarize.linear, torch.ops.ternarize.linear_train, torch.ops.ternarize.grad_input
+            ):
+                stem, args = lowered_arguments(node)
+                choice = self._choose(node)
+                with graph.inserting_before(node):
+                    call = graph.call_function(lowered(stem, choice.backend), args)
+                call.meta = copy_meta(node)
+                node.replace_all_uses_with(call)
+                graph.erase_node(node)
+            else:
+                continue
+            count += 1
+        left = [node.name for node in graph.nodes if calls(node, *_SEMANTIC)]
+        if left:
+            raise TernarizeError(f"ternary ops {', '.join(left)} were not lowered: please report this with the model")
+        return count
+
+    def _choose(self, node: fx.Node) -> Choice:
+        return choose_node(node, self._phase, self._policy)
+
+    def _lower_hook(self, node: fx.Node) -> None:
+        functionalised = node.target is torch.ops.higher_order.auto_functionalized_v2
+        names = [argument.name for argument in torch.ops.ternarize.update_stage.default._schema.arguments]
+        # Mutated arguments are replaced by indices into the bases: none of them is a fact that a verifier needs.
+        args = [node.kwargs.get(name, []) for name in names] if functionalised else list(node.args)
+        facts = facts_of("update_stage", [_value(argument) for argument in args])
+        choice = choose("update_stage", self._phase, facts, self._policy)
+        op = lowered("update_stage", choice.backend)
+        if functionalised:
+            node.update_arg(0, op)
+        else:
+            node.target = op
+
+
+_SEMANTIC = (
+    torch.ops.ternarize.linear,
+    torch.ops.ternarize.linear_train,
+    torch.ops.ternarize.grad_input,
+    torch.ops.ternarize.update_stage,
+)
+
+
+def lowered_arguments(node: fx.Node) -> tuple[str, tuple[Any, ...]]:
+    """Stem and arguments of the lowered op for a call of `linear`, `linear_train` or `grad_input`."""
+    if calls(node, torch.ops.ternarize.linear):
+        *weights, _, group_size, _ = node.args
+        return "linear", (*weights, group_size)
+    if calls(node, torch.ops.ternarize.linear_train):
+        x, _, *weights = node.args[:7]
+        return "linear", (x, *weights, node.args[-2])
+    return "grad_input", node.args
+
+
+def choose_node(node: fx.Node, phase: Phase, policy: Kernels) -> Choice:
+    """The kernel for a call of `linear`, `linear_train` or `grad_input`, in a Dynamo graph or a later one."""
+    stem, args = lowered_arguments(node)
+    tilelang = not calls(node, torch.ops.ternarize.linear) or bool(node.args[-1])
+    return choose(stem, phase, facts_of(stem, [_value(argument) for argument in args]), policy, tilelang=tilelang)
+
+
+def _value(argument: Any) -> Any:
+    """The fake tensors of an argument."""
+    if isinstance(argument, fx.Node):
+        return argument.meta["val"] if "val" in argument.meta else argument.meta["example_value"]
+    if isinstance(argument, list | tuple):
+        return [_value(item) for item in argument]
+    return argument

@@ -1,0 +1,84 @@
+"""The order of the passes, and how Inductor calls them.
+
+1. On the Dynamo graph (`run_on_dynamo_graph`), before autograd and before any cache key is computed:
+   `SwapLinearPass`, so that functional uses of a ternary weight are calls of `linear` too; `FuseSharedInputPass`, which
+   must come before autograd for the backward to be merged as well; `GuardLossPass`, on the outputs as the user wrote
+   them.
+2. On the joint graph (`JointPasses`), before it is partitioned: `InsertUpdateHookPass`.
+3. On each functional graph after autograd (`PostGradPasses`), before Inductor's own passes: `GuardOutputPass`, then
+   `LowerTernaryPass`, after which no semantic op is left.
+
+`JointPasses` and `PostGradPasses` have a ``uuid`` that names the package's sources and every setting that a choice
+depends on, so that Inductor's caches stay valid and never serve a graph that was lowered for other kernels.
+"""
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from ternarize.backends.select import Phase, fingerprint
+from ternarize.config import Kernels, flag
+from ternarize.passes.base import source_hash
+from ternarize.passes.fuse_shared_input import FuseSharedInputPass
+from ternarize.passes.insert_finite_guard import GuardLossPass, GuardOutputPass
+from ternarize.passes.insert_update_hook import InsertUpdateHookPass
+from ternarize.passes.lower_ternary import LowerTernaryPass, choose_node
+from ternarize.passes.swap_linear import SwapLinearPass
+
+
+def checks_finite() -> bool:
+    """Whether outputs of TileLang kernels are guarded: TERNARIZE_CHECK_FINITE, on by default."""
+    return flag("TERNARIZE_CHECK_FINITE", "ARB_TILELANG_CHECK_FINITE", default=True)
+
+
+def run_on_dynamo_graph(graph_module: fx.GraphModule) -> None:
+    """Run the passes that come before autograd."""
+    for graph_pass in (SwapLinearPass(), FuseSharedInputPass(), GuardLossPass()):
+        graph_pass(graph_module.graph)
+    graph_module.recompile()
+
+
+class JointPasses(CustomGraphPass):  # type: ignore[misc]  # torch does not annotate it
+    """What runs on the joint forward and backward graph."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Run the passes in order."""
+        InsertUpdateHookPass()(graph)
+
+    def uuid(self) -> Any:
+        """Part of the cache key."""
+        return ("ternarize-joint", source_hash())
+
+
+class PostGradPasses(CustomGraphPass):  # type: ignore[misc]  # torch does not annotate it
+    """What runs on the inference, the forward and the backward graph.
+
+    Args:
+        phase: of the graph that is being compiled.
+        policy: which kernels to use.
+    """
+
+    def __init__(self, phase: Phase, policy: Kernels) -> None:
+        self._phase: Phase = phase
+        self._policy: Kernels = policy
+        self._guard = phase == "inference" and checks_finite()
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Run the passes in order."""
+        if self._guard:
+            GuardOutputPass(lambda node: choose_node(node, self._phase, self._policy).backend)(graph)
+        LowerTernaryPass(self._phase, self._policy)(graph)
+
+    def uuid(self) -> Any:
+        """Part of the cache key."""
+        return (
+            "ternarize",
+            source_hash(),
+            torch.__version__,
+            self._phase,
+            self._policy,
+            checks_finite(),
+            fingerprint(),
+        )

@@ -1,0 +1,149 @@
+"""Load a language model from any of the formats that convert reads, and measure its perplexity."""
+
+import dataclasses
+import importlib
+import json
+import math
+import time
+from importlib import resources
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ternarize.errors import CheckpointError, ConfigError, NonFiniteError
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """What `perplexity` measured."""
+
+    perplexity: float
+    """exp(nll)."""
+    nll: float
+    """Mean negative log-likelihood of a scored token, in nats."""
+    tokens: int
+    """Scored tokens: the first of each window is not one of them."""
+    seconds: float
+    """Wall time of the forward passes, compilation included if the model is compiled in the first."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Scored tokens over wall time."""
+        return self.tokens / self.seconds
+
+
+def sample_text() -> str:
+    """The text that ternarize ships: about 2,300 words of plain English prose (ternarize/data/README.md)."""
+    return resources.files("ternarize").joinpath("data", "sample.txt").read_text(encoding="utf-8")
+
+
+def default_device() -> torch.device:
+    """The first CUDA device, or the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load(
+    path: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> tuple[nn.Module, Any]:
+    """Load a causal language model and its tokenizer, ready for inference.
+
+    Args:
+        path: a folder that `ternarize convert` or `ternarize.save_pretrained` wrote, a dense transformers folder, or a
+            .gguf file, which transformers dequantises to a dense model.
+        device: where to put the model; the GPU if there is one by default.
+        dtype: of the floating-point parameters; as stored by default (float32 for GGUF).
+
+    Returns:
+        The model, in eval mode, and its transformers tokenizer.
+
+    Raises:
+        CheckpointError: if ``path`` is none of these, is damaged, has no tokenizer, or transformers is missing.
+    """
+    path = Path(path)
+    transformers = _transformers()
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist: give a folder with config.json, or a .gguf file")
+    if path.suffix == ".gguf":
+        folder, source = path.parent, {"gguf_file": path.name}
+    elif (path / "config.json").is_file():
+        folder, source = path, {}
+    else:
+        raise CheckpointError(f"{path} is no model: give a folder with config.json, or a .gguf file")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **source)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(f"{path} has no tokenizer that transformers can load: {error}") from error
+    if not source and _is_packed(path):
+        from ternarize.checkpoint import from_pretrained
+
+        model = from_pretrained(path)
+    else:
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, dtype=dtype or ("auto" if not source else torch.float32), **source
+            )
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            raise CheckpointError(f"transformers cannot load {path}: {error}") from error
+    # Only the floating-point parameters change: the integers of ternary layers keep their dtypes.
+    return model.to(device=device or default_device(), dtype=dtype).eval(), tokenizer
+
+
+def perplexity(
+    model: nn.Module, tokenizer: Any, text: str, *, window: int = 512, max_tokens: int | None = None
+) -> Perplexity:
+    """Perplexity of a causal language model on a text, in non-overlapping windows.
+
+    Each window starts without context, so its first token is not scored. The last window may be shorter.
+
+    Args:
+        model: takes ``input_ids`` int64 [1, S] and returns an object with ``logits`` [1, S, V].
+        tokenizer: a transformers tokenizer.
+        text: to be scored; no special tokens are added.
+        window: S, tokens a window, at least 2.
+        max_tokens: use only so many tokens from the start of the text.
+
+    Raises:
+        ConfigError: for a window, or a text, of fewer than 2 tokens.
+        NonFiniteError: if the model's log-likelihood is not finite.
+    """
+    if window < 2:
+        raise ConfigError(f"window is {window}: it needs at least 2 tokens, of which the first is not scored")
+    tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[:, :max_tokens]
+    if tokens.shape[1] < 2:
+        raise ConfigError(f"the text has {tokens.shape[1]} tokens: perplexity needs at least 2")
+    tokens = tokens.to(next(model.parameters()).device)
+    total, scored = 0.0, 0
+    start = time.perf_counter()
+    with torch.no_grad():
+        for ids in tokens.split(window, 1):
+            # A last window of one token has nothing to score.
+            if ids.shape[1] > 1:
+                logits = model(input_ids=ids, use_cache=False).logits
+                total += nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum").item()
+                scored += ids.shape[1] - 1
+    seconds = time.perf_counter() - start
+    nll = total / scored
+    if not math.isfinite(nll):
+        raise NonFiniteError(f"the mean log-likelihood is {nll}: the model's weights or its dtype are broken")
+    # The float64 exp of torch gives inf where that of math raises.
+    return Perplexity(torch.tensor(nll, dtype=torch.float64).exp().item(), nll, scored, seconds)
+
+
+def _is_packed(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'config.json'} is no JSON: {error}") from error
+    return (config.get("quantization_config") or {}).get("quant_method") == "ternarize"
+
+
+def _transformers() -> ModuleType:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise CheckpointError(
+            f"this needs transformers ({error}): run pip install 'ternarize[transformers]'"
+        ) from error

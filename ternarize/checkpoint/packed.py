@@ -23,7 +23,6 @@ class PackedCheckpoint(SafetensorsFiles):
     """
 
     format = "ternarize"
-    config: dict[str, Any]
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
@@ -66,7 +65,9 @@ class PackedCheckpoint(SafetensorsFiles):
         needed: dict[str, TensorInfo] = {}
         for name in dict.fromkeys(key.rpartition(".")[0] for key in state.tensors):
             if name not in self.layers:
-                raise CheckpointError(f"{file} has state of layer {name!r}, which is not in {self.path}: remove the file")
+                raise CheckpointError(
+                    f"{file} has state of layer {name!r}, which is not in {self.path}: remove the file"
+                )
             needed |= self.layers[name].tensors(name, training=True)
         for key in needed.keys() | state.tensors.keys():
             got = state.tensors.get(key)

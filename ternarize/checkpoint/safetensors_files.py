@@ -37,7 +37,7 @@ CHECKSUM_PREFIX = "sha256:"
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a CPU tensor, in row-major order, without a copy where it is contiguous."""
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 class SafetensorsFiles:

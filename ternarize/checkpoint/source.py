@@ -50,11 +50,13 @@ class Source(Protocol):
     path: Path
     """What the user named."""
 
-    tensors: Mapping[str, TensorInfo]
-    """Every tensor by its name in the model, as `load` returns it."""
-
     config: dict[str, Any] | None
     """The transformers configuration (config.json), or None for bare weights."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by its name in the model, as `load` returns it."""
+        ...
 
     def load(self, name: str) -> Tensor:
         """One tensor, on the CPU. The source keeps no reference to it.

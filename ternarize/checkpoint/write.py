@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ternarize.checkpoint.safetensors_files import CHECKSUM_PREFIX, DTYPES, tensor_bytes
-from ternarize.checkpoint.source import TensorInfo
+from ternarize.checkpoint.source import CONFIG_FILE, TensorInfo
 from ternarize.errors import CheckpointError, ConfigError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -48,8 +48,12 @@ def check_destination(destination: Path, *, force: bool, source: Path | None = N
         raise CheckpointError(f"{destination} is a file: name a folder to write to")
     if source is not None and source.resolve().is_relative_to(destination.resolve()):
         raise CheckpointError(f"{destination} holds the source {source}: name another folder to write to")
-    if not force and destination.exists() and any(destination.iterdir()):
+    if not destination.exists() or not any(destination.iterdir()):
+        return
+    if not force:
         raise CheckpointError(f"{destination} exists: name another folder, or replace it with --force (force=True)")
+    if not (destination / CONFIG_FILE).is_file():
+        raise CheckpointError(f"{destination} exists and is no checkpoint: remove it yourself, or name another folder")
 
 
 @contextlib.contextmanager

@@ -25,34 +25,16 @@ from ternarize.passes.manager import JointPasses, PostGradPasses, checks_finite,
 Compiled = Callable[..., Any]
 
 
-def ternary(
-    graph_module: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    *,
-    mode: str | None = None,
-    options: dict[str, Any] | None = None,
+def compile_graph(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None, options: dict[str, Any]
 ) -> Compiled:
-    """Compile a Dynamo graph: what ``torch.compile(model, backend="ternary")`` calls.
-
-    Undecorated on purpose: PyTorch registers the entry point's function itself and refuses a second registration.
-
-    Args:
-        graph_module: from Dynamo; changed in place.
-        example_inputs: its inputs.
-        mode: as of torch.compile, e.g. "reduce-overhead".
-        options: of Inductor, and "kernels": auto, tilelang, triton or torch, which wins over TERNARIZE_BACKEND.
-
-    Raises:
-        ConfigError: for an unknown mode, option or kernel choice.
-        KernelError: if a kernel is forced and cannot run a layer.
-    """
+    """Compile a Dynamo graph; `ternarize.backends.ternary` documents the arguments."""
     # Inductor takes seconds to import: not before there is something to compile.
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    inductor_options = dict(options or {})
-    policy = kernels_policy(inductor_options.pop("kernels", None))
-    patches = _inductor_patches(mode, inductor_options)
+    policy = kernels_policy(options.get("kernels"))
+    patches = _inductor_patches(mode, {key: value for key, value in options.items() if key != "kernels"})
     run_on_dynamo_graph(graph_module)
     phase: Phase = "training" if _needs_autograd(example_inputs) else "inference"
     guarded = _record_choices(graph_module, example_inputs, phase, policy) if _has_ternary(graph_module) else []

@@ -12,6 +12,11 @@ from ternarize.ops import lowered
 from ternarize.passes.base import GraphPass, calls, copy_meta
 from ternarize.passes.insert_update_hook import updates_stage
 
+#: Ops that become a call of the lowered op with a subset of their arguments; `update_stage` is lowered in place.
+LOWERED = (torch.ops.ternarize.linear, torch.ops.ternarize.linear_train, torch.ops.ternarize.grad_input)
+
+_SEMANTIC = (*LOWERED, torch.ops.ternarize.update_stage)
+
 
 class LowerTernaryPass(GraphPass):
     """Choose a kernel for every ternary op and call it.
@@ -37,11 +42,9 @@ class LowerTernaryPass(GraphPass):
         for node in list(graph.nodes):
             if updates_stage(node):
                 self._lower_hook(node)
-            elif calls(
-                node, torch.ops.ternarize.linear, torch.ops.ternarize.linear_train, torch.ops.ternarize.grad_input
-            ):
+            elif calls(node, *LOWERED):
                 stem, args = lowered_arguments(node)
-                choice = self._choose(node)
+                choice = choose_node(node, self._phase, self._policy)
                 with graph.inserting_before(node):
                     call = graph.call_function(lowered(stem, choice.backend), args)
                 call.meta = copy_meta(node)
@@ -55,9 +58,6 @@ class LowerTernaryPass(GraphPass):
             raise TernarizeError(f"ternary ops {', '.join(left)} were not lowered: please report this with the model")
         return count
 
-    def _choose(self, node: fx.Node) -> Choice:
-        return choose_node(node, self._phase, self._policy)
-
     def _lower_hook(self, node: fx.Node) -> None:
         functionalised = node.target is torch.ops.higher_order.auto_functionalized_v2
         names = [argument.name for argument in torch.ops.ternarize.update_stage.default._schema.arguments]
@@ -70,14 +70,6 @@ class LowerTernaryPass(GraphPass):
             node.update_arg(0, op)
         else:
             node.target = op
-
-
-_SEMANTIC = (
-    torch.ops.ternarize.linear,
-    torch.ops.ternarize.linear_train,
-    torch.ops.ternarize.grad_input,
-    torch.ops.ternarize.update_stage,
-)
 
 
 def lowered_arguments(node: fx.Node) -> tuple[str, tuple[Any, ...]]:

@@ -280,11 +280,10 @@ def _save(ctx: Any, x: Tensor, T_packed: list[Tensor], E: list[Tensor], E_mantis
     ctx.set_materialize_grads(True)
 
 
-def _grad_input(ctx: Any, grad_y: list[Tensor]) -> Tensor | None:
+def _grad_input(ctx: Any, grad_y: list[Tensor], weights: Sequence[Tensor]) -> Tensor | None:
     if not ctx.needs_input_grad[0]:
         return None
     n = ctx.layers
-    _, *weights = ctx.saved_tensors
     T_packed, E, E_mantissa = weights[:n], weights[n : 2 * n], weights[2 * n :]
     grad_x: Tensor = torch.ops.ternarize.grad_input(grad_y, T_packed, E, E_mantissa, ctx.in_features, ctx.group_size)
     return grad_x
@@ -298,7 +297,8 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> No
 
 
 def _linear_backward(ctx: Any, grad_y: list[Tensor]) -> tuple[Any, ...]:
-    return _grad_input(ctx, grad_y), *ctx.no_gradients
+    _, *weights = ctx.saved_tensors
+    return _grad_input(ctx, grad_y, weights), *ctx.no_gradients
 
 
 torch.library.register_autograd("ternarize::linear", _linear_backward, setup_context=_linear_setup)
@@ -313,8 +313,9 @@ def _linear_train_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor])
 
 
 def _linear_train_backward(ctx: Any, grad_y: list[Tensor]) -> tuple[Any, ...]:
-    grad_x = _grad_input(ctx, grad_y)
+    # Read once: activation checkpointing allows no second look.
     x, *weights = ctx.saved_tensors
+    grad_x = _grad_input(ctx, grad_y, weights)
     torch.ops.ternarize.update_stage(grad_y, x, weights[: ctx.layers], *ctx.state, ctx.group_size, ctx.rule)
     return grad_x, *ctx.no_gradients
 

@@ -68,7 +68,7 @@ class TernaryOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: nn.Module | Iterable[nn.Module] | Iterable[dict[str, Any]],
+        params: nn.Module | Iterable[nn.Module | dict[str, Any]],
         lr: float | None = None,
         *,
         threshold: int = 16,

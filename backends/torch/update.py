@@ -5,7 +5,7 @@ to the layer's stage and drops the strip. `update_commit` runs in the optimizer'
 trits, or leaves every integer as it was if the step is refused. Nothing here synchronises with the device.
 
 Rules
-    factored  u = SR(clamp(G · sqrt(mean(r) / (r_n · c_k)), -4, 4)), Adafactor's factored second moment (Shazeer and
+    factored  u = clamp(SR(G · sqrt(mean(r) / (r_n · c_k))), -4, 4), Adafactor's factored second moment (Shazeer and
               Stern, 2018, arXiv:1804.04235) with r, c of the previous steps; then an integer momentum and an integer
               accumulator whose remainder is carried. docs/training.md states it and how its constants were found.
     sign      u = sign(G); the accumulator counts votes, a trit steps at the threshold and its accumulator returns to 0.
@@ -96,8 +96,9 @@ def update_stage(
             status[i][0] |= (~torch.isfinite(G).all()).to(torch.int32) * NONFINITE_GRADIENT
             G = torch.nan_to_num(G, 0.0, 0.0, 0.0)
             if rule == "factored":
-                z = (G * row_factor[rows, None] * col_factor).clamp(-CLIP, CLIP)
-                u = torch.floor(z + uniform(rng[i], stream, rows, in_features))
+                # Clamped after rounding: 4 plus a uniform number just below 1 rounds to 5 in float32.
+                z = G * row_factor[rows, None] * col_factor
+                u = torch.floor(z + uniform(rng[i], stream, rows, in_features)).clamp(-CLIP, CLIP)
                 square = G.square()
                 stage_row[i][rows] += square.sum(1)
                 stage_col[i] += square.sum(0)
@@ -161,12 +162,34 @@ def update_commit(
         T_accum[rows] = torch.where(active, accum, T_accum[rows])
         if T_momentum is not None and momentum is not None:
             T_momentum[rows] = torch.where(active, momentum, T_momentum[rows])
+    stage.zero_()
+    commit_groups_and_vectors(
+        E, E_accum, row_log2, col_log2, stage_E, stage_row, stage_col, status, active, exponent_threshold
+    )
+
+
+def commit_groups_and_vectors(
+    E: Tensor,
+    E_accum: Tensor | None,
+    row_log2: Tensor | None,
+    col_log2: Tensor | None,
+    stage_E: Tensor | None,
+    stage_row: Tensor | None,
+    stage_col: Tensor | None,
+    status: Tensor,
+    active: Tensor,
+    exponent_threshold: int,
+) -> None:
+    """The part of a commit that is not one integer a weight: exponents, statistics, and clearing their stage.
+
+    Every backend calls it after its trits are committed, because it clears ``status``.
+    """
     if E_accum is not None and stage_E is not None:
         new_E, accum = exponent_rule(E, E_accum, stage_E, exponent_threshold)
         E.copy_(torch.where(active, new_E, E))
         E_accum.copy_(torch.where(active, accum, E_accum))
     commit_statistics(row_log2, col_log2, stage_row, stage_col, status, active)
-    for staged in (stage, stage_E, stage_row, stage_col, status):
+    for staged in (stage_E, stage_row, stage_col, status):
         if staged is not None:
             staged.zero_()
 

@@ -85,6 +85,13 @@ def finite_float32(tensor: Tensor, name: str) -> Tensor:
     return converted
 
 
+def require_finite(weight: Tensor, name: str) -> None:
+    """Raise the ConversionError that `quantize_weight` would, and do nothing else; a weight without data passes."""
+    if not weight.is_meta:
+        for strip in row_strips(*weight.shape):
+            finite_float32(weight[strip], name)
+
+
 def _group(strip: Tensor, group_size: int) -> Tensor:
     """[R, K] to [R, G, s]; the tail group is filled with zeros, which change no sum, maximum or error."""
     in_features = strip.shape[1]

@@ -1,0 +1,78 @@
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ternarize.layer import TernaryLinear
+from ternarize.passes.fuse_shared_input import FuseSharedInputPass
+
+MakeLayer = Callable[..., TernaryLinear]
+Graphs = list[Counter[str]]
+
+
+def test_numbers_equal_eager(block: nn.Module, assert_trains_equal: Callable[..., None]) -> None:
+    assert_trains_equal(block, torch.randn(2, 5, 32))
+
+
+def test_seven_layers_are_four_calls_forward_and_backward(
+    block: nn.Module, compile_fresh: Callable[..., Any], dynamo_graphs: Graphs, lowered_graphs: Graphs
+) -> None:
+    compile_fresh(block)(torch.randn(2, 5, 32, requires_grad=True)).sum().backward()
+    assert dynamo_graphs == [Counter(linear_train=4)]
+    forward, backward = lowered_graphs
+    assert forward == Counter(linear_torch=4)
+    assert backward == Counter(grad_input_torch=4, update_stage_torch=4)
+
+
+class TwoLayers(nn.Module):
+    """Layers a and b on one x, with something done in between."""
+
+    def __init__(self, a: nn.Module, b: nn.Module, between: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.a, self.b, self.between = a, b, between
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.0
+        first = self.a(x)
+        self.between(x)
+        return torch.cat([first, self.b(x)], -1)
+
+
+def test_layers_stay_apart_where_the_input_is_written_between(
+    make_layer: MakeLayer, compile_fresh: Callable[..., Any], dynamo_graphs: Graphs
+) -> None:
+    for between in (lambda x: x.add_(1), lambda x: x.__setitem__(0, 1.0), lambda x: torch.relu_(x)):
+        model = TwoLayers(make_layer(32, 8), make_layer(32, 8), between).eval()
+        x = torch.randn(3, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(compile_fresh(model)(x), model(x))
+        assert dynamo_graphs.pop() == Counter(linear=2)
+
+
+def test_layers_with_different_groups_stay_apart(
+    make_layer: MakeLayer, compile_fresh: Callable[..., Any], dynamo_graphs: Graphs
+) -> None:
+    model = TwoLayers(make_layer(64, 8), make_layer(64, 8, group_size=16), lambda x: None)
+    compile_fresh(model)(torch.randn(3, 64))
+    assert dynamo_graphs == [Counter(linear_train=2)]
+
+
+def test_layers_under_autocast_are_merged(
+    make_layer: MakeLayer, compile_fresh: Callable[..., Any], dynamo_graphs: Graphs
+) -> None:
+    model = TwoLayers(make_layer(32, 8), make_layer(32, 8), lambda x: None)
+    x = torch.randn(3, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled = compile_fresh(model)(x)
+        torch.testing.assert_close(compiled, model(x))
+    assert dynamo_graphs == [Counter(linear_train=1)]
+    assert compiled.dtype == torch.bfloat16
+
+
+def test_a_dense_graph_stays_as_it_is() -> None:
+    graph = fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU())).graph
+    before = str(graph)
+    assert FuseSharedInputPass()(graph) == 0
+    assert str(graph) == before

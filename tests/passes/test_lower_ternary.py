@@ -1,0 +1,70 @@
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+from ternarize.errors import KernelError, TernarizeError
+from ternarize.layer import TernaryLinear
+from ternarize.passes.lower_ternary import LowerTernaryPass
+
+MakeLayer = Callable[..., TernaryLinear]
+Graphs = list[Counter[str]]
+
+
+def test_numbers_equal_eager(block: nn.Module, compile_fresh: Callable[..., Any]) -> None:
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(compile_fresh(block)(x), block(x))
+
+
+def test_no_semantic_op_is_left(block: nn.Module, compile_fresh: Callable[..., Any], lowered_graphs: Graphs) -> None:
+    compiled = compile_fresh(block, options={"kernels": "torch"})
+    with torch.no_grad():
+        compiled(torch.randn(2, 5, 32))
+    compiled(torch.randn(2, 5, 32)).sum().backward()
+    inference, forward, backward = lowered_graphs
+    assert inference == forward == Counter(linear_torch=4)
+    assert backward == Counter(grad_input_torch=4, update_stage_torch=4)
+
+
+def test_triton_is_used_where_it_is_forced(
+    make_layer: MakeLayer, compile_fresh: Callable[..., Any], lowered_graphs: Graphs
+) -> None:
+    layer = make_layer(32, 16)
+    x, y = (torch.ones(3, 32, requires_grad=True) for _ in range(2))
+    compiled, eager = compile_fresh(layer, options={"kernels": "triton"})(x), layer(y)
+    torch.testing.assert_close(compiled, eager)
+    compiled.sum().backward()
+    eager.sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    assert lowered_graphs == [Counter(linear_triton=1), Counter(grad_input_triton=1, update_stage_triton=1)]
+
+
+def test_tilelang_forced_in_training_says_what_to_do(make_layer: MakeLayer, compile_fresh: Callable[..., Any]) -> None:
+    with pytest.raises(BackendCompilerFailed, match="set TERNARIZE_TILELANG_TRAINING=1") as error:
+        compile_fresh(make_layer(32, 8), options={"kernels": "tilelang"})(torch.randn(3, 32))
+    assert isinstance(error.value.inner_exception, KernelError)
+
+
+def test_a_dense_graph_stays_as_it_is(compile_fresh: Callable[..., Any], lowered_graphs: Graphs) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(compile_fresh(model)(x), model(x))
+    assert lowered_graphs == [Counter()]
+    graph = fx.symbolic_trace(model).graph
+    before = str(graph)
+    assert LowerTernaryPass("inference", "auto")(graph) == 0
+    assert str(graph) == before
+
+
+def test_an_op_that_cannot_be_lowered_is_an_error(monkeypatch: pytest.MonkeyPatch, make_layer: MakeLayer) -> None:
+    graph = fx.Graph()
+    op = torch.ops.ternarize.linear.default
+    graph.output(graph.call_function(op, (graph.placeholder("x"), [], [], [], [], [], [], 32, True)))
+    monkeypatch.setattr("ternarize.passes.lower_ternary.LOWERED", ())
+    with pytest.raises(TernarizeError, match="were not lowered"):
+        LowerTernaryPass("inference", "torch")(graph)

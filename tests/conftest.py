@@ -2,18 +2,20 @@
 
 Triton reads TRITON_INTERPRET at import, so it is set here, before anything imports it.
 """
+# ruff: noqa: E402
 
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# transformers imports Triton.
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

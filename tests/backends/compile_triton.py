@@ -37,7 +37,7 @@ def activations(dtype: str) -> dict[str, Any]:
     return dict.fromkeys(("x", "y", "grad_y", "grad_x"), dtype)
 
 
-def build(kernel: Any, num_warps: int = 4, enable_fp_fusion: bool = True, **given: Any) -> Any:
+def build(kernel: Any, num_warps: int = 4, enable_fp_fusion: bool = True, **given: Any) -> None:
     """Compile a kernel; ``given`` holds its constants, None for a tensor that is absent, and types that differ."""
     types = {**_INTEGERS, **_FLOATS, **_STATE, **activations("*bf16"), "mantissa": "*i16", "previous": "*fp32"}
     types |= {name: value for name, value in given.items() if isinstance(value, str)}
@@ -46,7 +46,7 @@ def build(kernel: Any, num_warps: int = 4, enable_fp_fusion: bool = True, **give
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     source = ASTSource(fn=kernel, signature=signature, constexprs={(names.index(n),): c for n, c in constants.items()})
     options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
 large: dict[str, Any] = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_C": 32, "UPCAST": False, "num_warps": 8}
@@ -66,4 +66,17 @@ commit: dict[str, Any] = {"BLOCK_N": 8, "BLOCK_C": 32, "enable_fp_fusion": False
 build(update.commit_kernel, FACTORED=True, WORDS_TOGETHER=True, **commit)
 build(update.commit_kernel, FACTORED=True, WORDS_TOGETHER=False, T_momentum=None, **commit)
 build(update.commit_kernel, FACTORED=False, WORDS_TOGETHER=True, T_momentum=None, **commit)
+
+
+def build_ones(kernel: Any, **given: Any) -> None:
+    """Triton turns an integer argument that is 1 into a constant: another program, with other types."""
+    names = set(inspect.signature(kernel.fn).parameters) & {*_SIZES, *_STRIDES}
+    build(kernel, **given, **dict[str, Any](dict.fromkeys(names, 1)))
+
+
+tiny = small | {"BLOCK_C": 4}
+build_ones(linear.linear_kernel, PLANES=2, **tiny)
+build_ones(grad_input.grad_input_kernel, PLANES=2, previous=None, **tiny)
+build_ones(update.stage_kernel, WORDS_TOGETHER=False, slope=None, **tiny)
+build_ones(update.commit_kernel, FACTORED=True, WORDS_TOGETHER=False, BLOCK_N=64, BLOCK_C=4)
 print("compiled")

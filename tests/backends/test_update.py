@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ternarize.backends.torch.update import NONFINITE_GRADIENT
-from ternarize.config import TernaryConfig
+from ternarize.config import Accumulator, Rule, TernaryConfig
 from ternarize.layer import TernaryLinear
 from ternarize.packing import pack, unpack
 from tests.backends.kit import BACKENDS
@@ -20,7 +20,7 @@ for_every_rule = pytest.mark.parametrize(
 
 
 def random_layer(
-    N: int, K: int, group_size: int, rule: str, accumulator: str, device: str, train_exponents: bool = True
+    N: int, K: int, group_size: int, rule: Rule, accumulator: Accumulator, device: str, train_exponents: bool = True
 ) -> TernaryLinear:
     """A trainable layer with accumulators over their whole range and exponents at both ends."""
     torch.manual_seed(N * K)
@@ -28,7 +28,7 @@ def random_layer(
         group_size=group_size,
         rule=rule,
         accumulator=accumulator,
-        train_exponents=train_exponents,  # type: ignore[arg-type]
+        train_exponents=train_exponents,
     )
     layer = TernaryLinear(K, N, False, config=config)
     assert layer.T_accum is not None
@@ -98,7 +98,7 @@ def assert_equal(layer: TernaryLinear, other: TernaryLinear) -> None:
     ("N", "K", "group_size"), [(5, 130, 32), (3, 3, 128), (70, 64, 64), (2, 200, -1), (2, 1, 4), (3, 130, 12)]
 )
 def test_every_backend_steps_the_same_integers(
-    backend: str, device: str, rule: str, accumulator: str, N: int, K: int, group_size: int
+    backend: str, device: str, rule: Rule, accumulator: Accumulator, N: int, K: int, group_size: int
 ) -> None:
     layer = random_layer(N, K, group_size, rule, accumulator, device)
     expected, before = copy.deepcopy(layer), copy.deepcopy(layer)
@@ -141,7 +141,7 @@ def test_layers_that_share_an_input_stage_as_they_do_alone(backend: str, device:
 @on_every_backend
 @for_every_rule
 def test_a_refused_step_changes_nothing_and_clears_the_stage(
-    backend: str, device: str, rule: str, accumulator: str
+    backend: str, device: str, rule: Rule, accumulator: Accumulator
 ) -> None:
     layer = random_layer(5, 40, 32, rule, accumulator, device)
     stage(backend, [layer], [integers(4, 5, device=device)], integers(4, 40, device=device))
@@ -154,7 +154,9 @@ def test_a_refused_step_changes_nothing_and_clears_the_stage(
 
 @on_every_backend
 @for_every_rule
-def test_a_layer_that_saw_no_gradient_is_left_alone(backend: str, device: str, rule: str, accumulator: str) -> None:
+def test_a_layer_that_saw_no_gradient_is_left_alone(
+    backend: str, device: str, rule: Rule, accumulator: Accumulator
+) -> None:
     layer = random_layer(5, 40, 32, rule, accumulator, device)
     before = copy.deepcopy(layer)
     commit(backend, layer)
@@ -167,7 +169,7 @@ def test_a_layer_that_saw_no_gradient_is_left_alone(backend: str, device: str, r
 @pytest.mark.parametrize("where", ["x", "grad_y"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_is_flagged(
-    backend: str, device: str, rule: str, accumulator: str, where: str, value: float
+    backend: str, device: str, rule: Rule, accumulator: Accumulator, where: str, value: float
 ) -> None:
     layer = random_layer(3, 20, 8, rule, accumulator, device)
     x, grad_y = integers(4, 20, device=device), integers(4, 3, device=device)
@@ -182,7 +184,9 @@ def test_what_is_not_finite_is_flagged(
 @on_every_backend
 @for_every_rule
 @pytest.mark.parametrize("tokens", [0, 3])
-def test_zero_gradients_stage_zeros(backend: str, device: str, rule: str, accumulator: str, tokens: int) -> None:
+def test_zero_gradients_stage_zeros(
+    backend: str, device: str, rule: Rule, accumulator: Accumulator, tokens: int
+) -> None:
     layer = random_layer(3, 20, 8, rule, accumulator, device)
     stage(backend, [layer], [torch.zeros(tokens, 3, device=device)], integers(tokens, 20, device=device))
     *sums, status = staged(layer)
@@ -226,7 +230,7 @@ def test_votes_follow_the_slope_of_their_group(backend: str, device: str) -> Non
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @for_every_rule
-def test_the_update_ops_pass_opcheck(backend: str, rule: str, accumulator: str) -> None:
+def test_the_update_ops_pass_opcheck(backend: str, rule: Rule, accumulator: Accumulator) -> None:
     layer = random_layer(3, 20, 8, rule, accumulator, "cpu")
     ops = torch.ops.ternarize
     checks = ("test_schema", "test_faketensor")

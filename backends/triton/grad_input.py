@@ -123,7 +123,7 @@ def grad_input(
                 *(mantissa.stride() if mantissa is not None else (0, 0)),
                 PLANES=packed.shape[0] if packed.dim() == 3 else 1,
                 BLOCK_M=BLOCK_M,
-                BLOCK_N=min(BLOCK_N, 64),
+                BLOCK_N=BLOCK_N,
                 BLOCK_C=BLOCK_C,
                 UPCAST=INTERPRETED,
                 num_warps=num_warps,

@@ -83,7 +83,7 @@ def blocks(tokens: int, dtype: torch.dtype) -> tuple[int, int, int]:
         return 16, 32, 4
     if tokens <= 64 or dtype == torch.float32:
         return 64, 64, 4
-    return 128, 128, 8
+    return 128, 64, 8
 
 
 def linear(

@@ -229,7 +229,8 @@ def update_stage(
         row_factor, col_factor = reference.normalisers(row_log2[i], col_log2[i]) if factored else (None, None)
         slope = torch.zeros(N, groups, device=x.device) if stage_E and chunks > 1 else None
         with device_of(x):
-            BLOCK_N = 128
+            # More rows spill registers.
+            BLOCK_N = 64
             stage_kernel[(triton.cdiv(N, BLOCK_N) * tiles,)](
                 rows,
                 inputs,
@@ -296,7 +297,9 @@ def update_commit(
     if rule == "factored":
         step, bar = lr * 2 * theta / unit, theta + (T_momentum is None)
     with device_of(T_packed):
-        BLOCK_N = 64
+        # 1024 weights a tile: the random numbers take registers, and with fewer bytes than threads, threads that hold
+        # copies could read a byte that another has already stepped.
+        BLOCK_N = 256 // BLOCK_C
         commit_kernel[(triton.cdiv(N, BLOCK_N) * tiles,)](
             T_packed,
             T_accum,

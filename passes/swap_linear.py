@@ -95,9 +95,11 @@ def swap_linear_calls(calls: LinearCalls, layer: TernaryLinear) -> None:
     still_read = {node.target for node in graph.find_nodes(op="get_attr")}
     for path in (calls.weight, calls.bias):
         if path is not None and path not in still_read:
-            owner, _, name = path.rpartition(".")
-            # Where a module of the same weight was replaced too, the parameter is gone already.
-            graph_module.get_submodule(owner)._parameters.pop(name, None)
+            owner_path, _, name = path.rpartition(".")
+            owner = graph_module.get_submodule(owner_path)
+            # Tracing puts parameters that it reads into bare holders; any other module has use for its own.
+            if owner is graph_module or type(owner) is nn.Module:
+                owner._parameters.pop(name, None)
     graph.lint()
     graph_module.recompile()
 

@@ -3,23 +3,25 @@
 import dataclasses
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
+from ternarize.candidates import DenseLayer, Skip, find_dense_layers
 from ternarize.checkpoint.format import PackedLayer
 from ternarize.checkpoint.packed import PackedCheckpoint
-from ternarize.checkpoint.source import Source, TensorInfo
-from ternarize.checkpoint.transformers_model import empty_model, is_conv1d, is_linear, model_names, tied_names
+from ternarize.checkpoint.source import Source
+from ternarize.checkpoint.transformers_model import empty_model, is_conv1d, model_names
 from ternarize.config import TernaryConfig
 from ternarize.errors import CheckpointError
 from ternarize.skip import skip_reason
+
+#: Dtypes of dense weights; the 8-bit floats need scales that no format here says where to find.
+CONVERTIBLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """A weight matrix of the source and what becomes of it."""
-
-    source: str
-    """Name of the weight in the source."""
 
     name: str
     """Qualified name of its layer in the model."""
@@ -57,21 +59,24 @@ def make_plan(
     """Decide for every matrix of the source whether it becomes a ternary layer, and if not, why.
 
     A checkpoint alone does not tell a linear layer from an embedding. Where config.json is there and transformers
-    knows the model, its class does; else every matrix ``<name>.weight`` counts as linear unless its name says
-    otherwise (`ternarize.skip`).
+    knows the model, the rule is that of `ternarize.ternarize` on its modules; else every matrix ``<name>.weight``
+    counts as the weight of a linear layer, unless its name says otherwise (`ternarize.skip`).
 
     Args:
         source: the checkpoint.
         config: of the new layers.
-        include: see `ternarize.skip.skip_reason`.
+        include: as in `ternarize.ternarize`.
         exclude: likewise.
     """
     if isinstance(source, PackedCheckpoint):
-        targets = {name: name for name in source.tensors}
-        return Plan("already ternary, copied as it is", targets, {}, dict(source.layers))
+        return Plan("their T_packed", {name: name for name in source.tensors}, {}, dict(source.layers))
     model, identified_by = _model(source)
-    targets = model_names(model, source.tensors) if model is not None else {name: name for name in source.tensors}
-    judge = _Judge(model)
+    if model is None:
+        targets = {name: name for name in source.tensors}
+    else:
+        targets = model_names(model, source.tensors)
+        modules = dict(model.named_modules())
+        dense = _dense_layers(model, include, exclude)
     candidates = {}
     layers = {}
     known = set(targets.values())
@@ -79,49 +84,45 @@ def make_plan(
         layer, _, kind = targets[name].rpartition(".")
         if kind != "weight" or len(info.shape) != 2 or not layer:
             continue
-        reason = judge.dense_reason(layer, info) or skip_reason(layer, include, exclude)
-        transposed = judge.transposed(layer)
-        rows, columns = info.shape
-        shape = (columns, rows) if transposed else (rows, columns)
-        candidates[name] = Candidate(name, layer, shape, transposed, reason)
+        transposed = False
+        if info.dtype not in CONVERTIBLE:
+            reason: str | None = f"its dtype is {str(info.dtype).removeprefix('torch.')}"
+        elif model is None:
+            reason = skip_reason(layer, include, exclude)
+        elif layer in dense:
+            transposed = is_conv1d(dense[layer].module)
+            skip = dense[layer].skip
+            reason = None if skip is None else skip.reason
+        elif layer in modules:
+            reason = f"{type(modules[layer]).__name__}, not a linear layer"
+        else:
+            reason = f"no module of {type(model).__name__}"
+        in_features, out_features = info.shape if transposed else reversed(info.shape)
+        candidates[name] = Candidate(layer, (out_features, in_features), transposed, reason)
         if reason is None:
-            layers[layer] = PackedLayer(config, shape[1], shape[0], bias=f"{layer}.bias" in known)
+            layers[layer] = PackedLayer(config, in_features, out_features, bias=f"{layer}.bias" in known)
     return Plan(identified_by, targets, candidates, layers)
 
 
 def _model(source: Source) -> tuple[nn.Module | None, str]:
     if source.config is None:
-        return None, "names and shapes: the source has no config.json"
+        return None, "names and shapes (the source has no config.json)"
     try:
         model = empty_model(source.config)
     except CheckpointError as error:
-        return None, f"names and shapes: {error}"
+        return None, f"names and shapes ({error})"
     return model, f"the modules of {type(model).__name__}"
 
 
-class _Judge:
-    """Tells linear layers from other matrices, by the model where there is one."""
-
-    def __init__(self, model: nn.Module | None) -> None:
-        self._model = type(model).__name__
-        self._modules = None if model is None else dict(model.named_modules())
-        self._tied = {} if model is None else tied_names(model)
-
-    def dense_reason(self, layer: str, info: TensorInfo) -> str | None:
-        """Why the matrix is no weight of a linear layer of its own, or None if it is."""
-        if not info.dtype.is_floating_point or info.dtype.itemsize < 2:
-            return f"its dtype is {str(info.dtype).removeprefix('torch.')}"
-        if self._modules is None:
-            return None
-        module = self._modules.get(layer)
-        if module is None:
-            return f"no module of {self._model}"
-        if not is_linear(module):
-            return f"{type(module).__name__}, not a linear layer"
-        other = self._tied.get(f"{layer}.weight")
-        return None if other is None else f"tied to {other}"
-
-    def transposed(self, layer: str) -> bool:
-        """Whether the layer's weight is [K, N]."""
-        module = None if self._modules is None else self._modules.get(layer)
-        return module is not None and is_conv1d(module)
+def _dense_layers(
+    model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> dict[str, DenseLayer]:
+    """Linear layers by every name; what two of them share stays dense, because the file holds it under one name."""
+    layers = find_dense_layers(model, include, exclude, None)
+    first: dict[int, DenseLayer] = {}
+    for layer in layers:
+        other = first.setdefault(id(layer.parameter), layer)
+        if other is not layer:
+            layer.skip = layer.skip or Skip(f"shares its weight with {other.name!r}", chosen=False)
+            other.skip = other.skip or Skip(f"shares its weight with {layer.name!r}", chosen=False)
+    return {name: layer for layer in layers for name in layer.names}

@@ -187,19 +187,20 @@ def _swap(
     trainable: bool,
 ) -> None:
     """Put an empty ternary layer wherever the checkpoint has one, under every name that the dense one goes by."""
-    names: dict[int, list[str]] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
+    sharing: dict[int, list[str]] = {}
     for name, module in modules.items():
-        names.setdefault(id(module), []).append(name)
+        if _is_replaceable(module):
+            sharing.setdefault(id(_stored_weight(module)), []).append(name)
     for name, packed in checkpoint.layers.items():
         old = modules.get(name)
-        if old is None or not (is_linear(old) or isinstance(old, TernaryLinear)):
+        if old is None or not _is_replaceable(old):
             kind = "missing" if old is None else f"a {type(old).__name__}"
             raise CheckpointError(
                 f"{checkpoint.path}: layer {name!r} is ternary, in {type(model).__name__} it is {kind}: "
                 "load it into the model that was saved"
             )
-        weight = old.T_packed if isinstance(old, TernaryLinear) else old.weight
+        weight = _stored_weight(old)
         shape = _features(old)
         if shape != (packed.out_features, packed.in_features):
             raise CheckpointError(
@@ -213,9 +214,19 @@ def _swap(
             dtype=dtype or (_stored_dtype(checkpoint.config) if weight.is_meta else None) or dense_dtype,
         )
         layer.name = name
-        for alias in names[id(old)]:
+        for alias in sharing[id(weight)]:
             parent, _, child = alias.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
+
+
+def _is_replaceable(module: nn.Module) -> bool:
+    return is_linear(module) or isinstance(module, TernaryLinear)
+
+
+def _stored_weight(module: Any) -> nn.Parameter:
+    """The parameter that holds the weight: layers that share it are one layer in a checkpoint."""
+    parameter: nn.Parameter = module.T_packed if isinstance(module, TernaryLinear) else module.weight
+    return parameter
 
 
 def _features(module: Any) -> tuple[int, int]:

@@ -74,11 +74,3 @@ def is_conv1d(module: nn.Module) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is an nn.Linear itself (a subclass may compute something else) or a Conv1D."""
     return type(module) is nn.Linear or is_conv1d(module)
-
-
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """Parameters that several modules share: each name to another name of the same parameter."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {name: group[i - 1] for group in names.values() if len(group) > 1 for i, name in enumerate(group)}

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ternarize import ops  # noqa: F401  # importing ops registers torch.ops.ternarize
 from ternarize.backends.torch.update import NONFINITE_LOSS, NONFINITE_OUTPUT
 from ternarize.passes.base import GraphPass, calls
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 
@@ -36,4 +37,4 @@ class Output:
 
     def warn(self, message: str) -> None:
         """One line on standard error, also with --json."""
-        self._errors.print(f"[yellow]warning:[/yellow] {message}", highlight=False)
+        self._errors.print(f"[yellow]warning:[/yellow] {escape(message)}", highlight=False, soft_wrap=True)

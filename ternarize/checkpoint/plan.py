@@ -1,0 +1,128 @@
+"""Which tensors of a checkpoint become ternary: decided from names, shapes and the model class, before any is read."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ternarize.candidates import DenseLayer, Skip, find_dense_layers
+from ternarize.checkpoint.format import PackedLayer
+from ternarize.checkpoint.packed import PackedCheckpoint
+from ternarize.checkpoint.source import Source
+from ternarize.checkpoint.transformers_model import empty_model, is_conv1d, model_names
+from ternarize.config import TernaryConfig
+from ternarize.errors import CheckpointError
+from ternarize.skip import skip_reason
+
+#: Dtypes of dense weights; the 8-bit floats need scales that no format here says where to find.
+CONVERTIBLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A weight matrix of the source and what becomes of it."""
+
+    name: str
+    """Qualified name of its layer in the model."""
+
+    shape: tuple[int, int]
+    """(N, K)."""
+
+    transposed: bool
+    """Whether the source holds it as [K, N] (transformers' Conv1D)."""
+
+    reason: str | None
+    """Why it stays dense, or None if it is converted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a conversion does with every tensor."""
+
+    identified_by: str
+    """How linear layers were told from other matrices, for people."""
+
+    targets: dict[str, str]
+    """Name of each source tensor to its name in the model."""
+
+    candidates: dict[str, Candidate]
+    """Matrices by their source name."""
+
+    layers: dict[str, PackedLayer]
+    """Layers that are ternary in the result, those that already were included."""
+
+
+def make_plan(
+    source: Source, config: TernaryConfig, include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> Plan:
+    """Decide for every matrix of the source whether it becomes a ternary layer, and if not, why.
+
+    A checkpoint alone does not tell a linear layer from an embedding. Where config.json is there and transformers
+    knows the model, the rule is that of `ternarize.ternarize` on its modules; else every matrix ``<name>.weight``
+    counts as the weight of a linear layer, unless its name says otherwise (`ternarize.skip`).
+
+    Args:
+        source: the checkpoint.
+        config: of the new layers.
+        include: as in `ternarize.ternarize`.
+        exclude: likewise.
+    """
+    if isinstance(source, PackedCheckpoint):
+        return Plan("their T_packed", {name: name for name in source.tensors}, {}, dict(source.layers))
+    model, identified_by = _model(source)
+    if model is None:
+        targets = {name: name for name in source.tensors}
+    else:
+        targets = model_names(model, source.tensors)
+        modules = dict(model.named_modules())
+        dense = _dense_layers(model, include, exclude)
+    candidates = {}
+    layers = {}
+    known = set(targets.values())
+    for name, info in source.tensors.items():
+        layer, _, kind = targets[name].rpartition(".")
+        if kind != "weight" or len(info.shape) != 2 or not layer:
+            continue
+        transposed = False
+        if info.dtype not in CONVERTIBLE:
+            reason: str | None = f"its dtype is {str(info.dtype).removeprefix('torch.')}"
+        elif model is None:
+            reason = skip_reason(layer, include, exclude)
+        elif layer in dense:
+            transposed = is_conv1d(dense[layer].module)
+            skip = dense[layer].skip
+            reason = None if skip is None else skip.reason
+        elif layer in modules:
+            reason = f"{type(modules[layer]).__name__}, not a linear layer"
+        else:
+            reason = f"no module of {type(model).__name__}"
+        in_features, out_features = info.shape if transposed else reversed(info.shape)
+        candidates[name] = Candidate(layer, (out_features, in_features), transposed, reason)
+        if reason is None:
+            layers[layer] = PackedLayer(config, in_features, out_features, bias=f"{layer}.bias" in known)
+    return Plan(identified_by, targets, candidates, layers)
+
+
+def _model(source: Source) -> tuple[nn.Module | None, str]:
+    if source.config is None:
+        return None, "names and shapes (the source has no config.json)"
+    try:
+        model = empty_model(source.config)
+    except CheckpointError as error:
+        return None, f"names and shapes ({error})"
+    return model, f"the modules of {type(model).__name__}"
+
+
+def _dense_layers(
+    model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> dict[str, DenseLayer]:
+    """Linear layers by every name; what two of them share stays dense, because the file holds it under one name."""
+    layers = find_dense_layers(model, include, exclude, None)
+    first: dict[int, DenseLayer] = {}
+    for layer in layers:
+        other = first.setdefault(id(layer.parameter), layer)
+        if other is not layer:
+            layer.skip = layer.skip or Skip(f"shares its weight with {other.name!r}", chosen=False)
+            other.skip = other.skip or Skip(f"shares its weight with {layer.name!r}", chosen=False)
+    return {name: layer for layer in layers for name in layer.names}

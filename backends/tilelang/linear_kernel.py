@@ -1,4 +1,4 @@
-# mypy: disable-error-code="valid-type, misc, untyped-decorator, no-untyped-def"
+# mypy: disable-error-code="valid-type, untyped-decorator, no-untyped-def"
 # TileLang is untyped, and its kernels are annotated with buffers, which are values.
 """The TileLang program of `ternarize.backends.tilelang.linear`."""
 

@@ -265,7 +265,7 @@ both_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], 
 @pytest.mark.parametrize("M", [1, 3, 16, 17, 64, 65, 257])
 @pytest.mark.parametrize(
     ("N", "K", "g"),
-    [(333, 96, 32), (333, 256, 32), (77, 576, 64), (72, 192, 64), (1000, 1024, 128), (129, 512, 256), (64, 128, ROW)],
+    [(333, 96, 32), (77, 576, 64), (1000, 1024, 128), (129, 512, 256), (64, 128, ROW)],
 )
 def test_linear_equals_float64(dtype: torch.dtype, M: int, N: int, K: int, g: int) -> None:
     torch.manual_seed(0)

@@ -213,7 +213,7 @@ def test_activation_checkpointing_and_frozen_layers_train_as_eagerly() -> None:
     for name, layer in ternary_layers(model):
         if "layers.0" in name:
             layer.freeze()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     twin = copy.deepcopy(model)
     for m in (model, twin):
         build_optimizer(m, torch.optim.SGD, lr=0.1)

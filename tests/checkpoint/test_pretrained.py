@@ -163,7 +163,7 @@ def test_load_into_another_module_names_the_layer(tmp_path: Path) -> None:
     save_pretrained(ternarize(mlp()), tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"layer '0' is 6x9.*it is 5x9"):
         load_into(nn.Sequential(nn.Linear(9, 5)), tmp_path / "out")
-    with pytest.raises(CheckpointError, match="layer '0' is ternary.*it is a ReLU"):
+    with pytest.raises(CheckpointError, match=r"layer '0' is ternary.*it is a ReLU"):
         load_into(nn.Sequential(nn.ReLU()), tmp_path / "out")
 
 

@@ -5,6 +5,8 @@ import importlib
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ternarize.checkpoint import from_pretrained
 from ternarize.errors import CheckpointError, ConfigError, NonFiniteError
 
 
@@ -72,23 +75,28 @@ def load(
         folder, source = path, {}
     else:
         raise CheckpointError(f"{path} is no model: give a folder with config.json, or a .gguf file")
+    with _without_progress_bars(transformers):
+        model, tokenizer = _load(transformers, path, folder, source, dtype)
+    # Only the floating-point parameters change: the integers of ternary layers keep their dtypes.
+    return model.to(device=device or default_device(), dtype=dtype).eval(), tokenizer
+
+
+def _load(
+    transformers: ModuleType, path: Path, folder: Path, source: dict[str, str], dtype: torch.dtype | None
+) -> tuple[nn.Module, Any]:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **source)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(f"{path} has no tokenizer that transformers can load: {error}") from error
     if not source and _is_packed(path):
-        from ternarize.checkpoint import from_pretrained
-
-        model = from_pretrained(path)
-    else:
-        try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, dtype=dtype or ("auto" if not source else torch.float32), **source
-            )
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-            raise CheckpointError(f"transformers cannot load {path}: {error}") from error
-    # Only the floating-point parameters change: the integers of ternary layers keep their dtypes.
-    return model.to(device=device or default_device(), dtype=dtype).eval(), tokenizer
+        return from_pretrained(path), tokenizer
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, dtype=dtype or (torch.float32 if source else "auto"), **source
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise CheckpointError(f"transformers cannot load {path}: {error}") from error
+    return model, tokenizer
 
 
 def perplexity(
@@ -138,6 +146,19 @@ def _is_packed(folder: Path) -> bool:
     except ValueError as error:
         raise CheckpointError(f"{folder / 'config.json'} is no JSON: {error}") from error
     return (config.get("quantization_config") or {}).get("quant_method") == "ternarize"
+
+
+@contextmanager
+def _without_progress_bars(transformers: ModuleType) -> Iterator[None]:
+    """Errors and JSON must not share the terminal with the bars of a load that takes seconds."""
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _transformers() -> ModuleType:

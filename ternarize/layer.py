@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ternarize import guard, ops  # noqa: F401  # importing ops registers torch.ops.ternarize
+from ternarize.backends.torch.update import row_strips
 from ternarize.config import TernaryConfig
 from ternarize.errors import ConfigError, ShapeError
 from ternarize.packing import ROW, groups_per_row, pack, split_planes
@@ -157,8 +158,10 @@ class TernaryLinear(nn.Module):
             device=levels.device,
             dtype=dtype,
         )
-        T = levels if config.planes == 1 else split_planes(levels, config.planes)
-        layer.T_packed.copy_(pack(T, layer.group_size))
+        # A strip of rows at a time: planes and codes of a whole weight would take several times its bytes.
+        for rows in row_strips(out_features, in_features):
+            T = levels[rows] if config.planes == 1 else split_planes(levels[rows], config.planes)
+            layer.T_packed[..., rows, :] = pack(T, layer.group_size)
         if E.shape != layer.E.shape:
             raise ShapeError(f"E is {list(E.shape)}, need {list(layer.E.shape)} for {in_features} weights a row")
         layer.E.copy_(E)
@@ -241,7 +244,8 @@ class TernaryLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N], in the dtype of x, or of autocast where it is on."""
-        if torch.is_autocast_enabled(x.device.type):
+        # Autocast knows no meta device and raises when asked about it.
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         weights = ([self.T_packed], [self.E], [self.E_mantissa], [self.bias], [self.bias_exponent])
         outputs: list[Tensor]

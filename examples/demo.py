@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{ternary_perplexity.perplexity:.2f} (x{ratio:.3f})",
     )
     table.add_row(
-        f"perplexity, {one_plane.tokens:,} tokens, one plane untrained",
+        f"perplexity, {one_plane.tokens:,} tokens, one plane",
         f"{start.perplexity:.2f}",
         f"{one_plane.perplexity:.3g}",
     )
@@ -126,8 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     table.add_row("kernels", "torch.nn.Linear", ", ".join(f"{name} x {count}" for name, count in kernels.items()))
     for what in ("first", "validation"):
         dense_loss, ternary_loss = (getattr(losses[name], what) for name in ("dense", "ternary"))
-        label = "before training" if what == "first" else f"unseen text, {options.steps} steps"
-        table.add_row(f"byte model, nats/byte, {label}", f"{dense_loss:.3f}", f"{ternary_loss:.3f}")
+        label = "untrained" if what == "first" else f"after {options.steps} steps, unseen text"
+        table.add_row(f"nats/byte {label}", f"{dense_loss:.3f}", f"{ternary_loss:.3f}")
     console.print(table)
     return 0 if ratio <= LARGEST_RATIO and breaks == 0 else 1
 

@@ -89,7 +89,7 @@ def _load(
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(f"{path} has no tokenizer that transformers can load: {error}") from error
     if not source and _is_packed(path):
-        return from_pretrained(path), tokenizer
+        return from_pretrained(path, dtype=dtype), tokenizer
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, dtype=dtype or (torch.float32 if source else "auto"), **source

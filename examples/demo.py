@@ -119,9 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("reading", dense_perplexity, ternary_perplexity),
         ("writing", dense_text, ternary_text),
     ):
-        table.add_row(
-            f"tokens/s, {what}", f"{dense_run.tokens_per_second:.1f}", f"{ternary_run.tokens_per_second:.1f}"
-        )
+        table.add_row(f"tokens/s, {what}", f"{dense_run.tokens_per_second:.1f}", f"{ternary_run.tokens_per_second:.1f}")
     table.add_row("graph breaks", "not compiled", str(breaks))
     table.add_row("kernels", "torch.nn.Linear", ", ".join(f"{name} x {count}" for name, count in kernels.items()))
     for what in ("first", "validation"):

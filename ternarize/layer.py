@@ -213,8 +213,8 @@ class TernaryLinear(nn.Module):
     def _announce(self) -> None:
         """Tell the output guard whose status this is, and Dynamo that no size of the transients ever changes.
 
-        Dynamo takes parameters to be static, but with dynamic=True it would trace other tensors with symbolic sizes, and
-        take a batch of 2 and the 2 entries of a status for the same symbol.
+        Dynamo takes parameters to be static, but with dynamic=True it would trace other tensors with symbolic sizes,
+        and take a batch of 2 and the 2 entries of a status for the same symbol.
         """
         guard.register(self)
         for name in ("anchor", "status", "rng", *STAGE):
@@ -246,12 +246,12 @@ class TernaryLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copied or unpickled layer, whose tensors are new ones."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # of torch
         self._announce()
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
         device = self.T_packed.device
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # of torch
         if self.T_packed.device != device:
             self._reset_transients()
         return self

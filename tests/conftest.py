@@ -2,7 +2,6 @@
 
 Triton reads TRITON_INTERPRET at import, so it is set here, before anything imports it.
 """
-# ruff: noqa: E402
 
 import os
 from pathlib import Path

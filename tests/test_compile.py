@@ -6,7 +6,7 @@ import pathlib
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -53,7 +53,7 @@ def integers(model: nn.Module) -> dict[str, Tensor]:
 def test_a_llama_trains_compiled_as_it_does_eagerly(dynamic: bool) -> None:
     model = ternarize(llama(), TernaryConfig(group_size=32))
     twin = copy.deepcopy(model)
-    compiled = torch.compile(twin, backend="ternary", fullgraph=True, dynamic=dynamic)
+    compiled: Any = torch.compile(twin, backend="ternary", fullgraph=True, dynamic=dynamic)
     optimizers = [build_optimizer(m, torch.optim.AdamW, lr=1e-3) for m in (model, twin)]
     for step in range(3):
         tokens = torch.randint(0, 64, (2 + step if dynamic else 2, 16))
@@ -217,10 +217,9 @@ def test_activation_checkpointing_and_frozen_layers_train_as_eagerly() -> None:
     twin = copy.deepcopy(model)
     for m in (model, twin):
         build_optimizer(m, torch.optim.SGD, lr=0.1)
-    compiled = torch.compile(twin, backend="ternary", fullgraph=True)
+    compiled: Any = torch.compile(twin, backend="ternary", fullgraph=True)
     tokens = torch.randint(0, 64, (2, 16))
-    run_all: list[Callable[..., Any]] = [model, compiled]
-    for run in run_all:
+    for run in (model, compiled):
         run(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
     for (name, a), (_, b) in zip(ternary_layers(model), ternary_layers(twin), strict=True):
         assert a.status.tolist() == b.status.tolist() == [0, int("layers.1" in name)]

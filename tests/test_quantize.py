@@ -124,11 +124,12 @@ def test_accumulator_starts_at_the_remainder_of_rounding(accumulator: Accumulato
     assert torch.equal(accum[~inside], (theta * weight[~inside].sign()).to(torch.int8))
 
 
-def test_accumulator_of_the_sign_rule_starts_at_zero_and_several_planes_have_none() -> None:
+def test_accumulator_of_the_sign_rule_starts_at_zero_and_layers_that_do_not_train_have_none() -> None:
     sign = quantize_weight(normal(4, 32), TernaryConfig(rule="sign")).T_accum
     assert sign is not None
     assert not sign.any()
     assert quantize_weight(normal(4, 32), TernaryConfig(planes=2)).T_accum is None
+    assert quantize_weight(normal(4, 32), TernaryConfig(), trainable=False).T_accum is None
 
 
 @pytest.mark.parametrize(("init", "planes"), INITS)

@@ -58,6 +58,14 @@ def test_levels_and_exponents_stay_in_range_for_any_shape_and_magnitude(
     assert torch.isfinite(dense(quantized, min(group_size, in_features)).to(torch.float32)).all()
 
 
+@pytest.mark.parametrize(("init", "planes"), INITS)
+def test_the_largest_float32_stays_finite(init: Init, planes: int) -> None:
+    config = TernaryConfig(group_size=4, init=init, planes=planes)  # type: ignore[arg-type]
+    quantized = quantize_weight(torch.full((1, 4), torch.finfo(torch.float32).max), config)
+    assert torch.isfinite(dense(quantized, 4).to(torch.float32)).all()
+    assert quantized.levels.all()
+
+
 def test_absmean_is_the_power_of_two_nearest_to_the_mean_magnitude() -> None:
     weight = normal(6, 100)
     quantized = quantize_weight(weight, TernaryConfig(group_size=32))
@@ -124,11 +132,12 @@ def test_accumulator_starts_at_the_remainder_of_rounding(accumulator: Accumulato
     assert torch.equal(accum[~inside], (theta * weight[~inside].sign()).to(torch.int8))
 
 
-def test_accumulator_of_the_sign_rule_starts_at_zero_and_several_planes_have_none() -> None:
+def test_accumulator_of_the_sign_rule_starts_at_zero_and_layers_that_do_not_train_have_none() -> None:
     sign = quantize_weight(normal(4, 32), TernaryConfig(rule="sign")).T_accum
     assert sign is not None
     assert not sign.any()
     assert quantize_weight(normal(4, 32), TernaryConfig(planes=2)).T_accum is None
+    assert quantize_weight(normal(4, 32), TernaryConfig(), trainable=False).T_accum is None
 
 
 @pytest.mark.parametrize(("init", "planes"), INITS)

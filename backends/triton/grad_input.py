@@ -12,7 +12,6 @@ from ternarize.backends.triton.packed import (
     INTERPRETED,
     columns,
     decode,
-    device_of,
     group_scale,
     load_codes,
     output_dtype,
@@ -104,7 +103,7 @@ def grad_input(
         if mantissa is not None:
             mantissa = mantissa.expand(N, groups)
         out = rows.new_empty(shape, dtype=output_dtype(dtype) if i == len(T_packed) - 1 else torch.float32)
-        with device_of(rows):
+        with torch.cuda.device_of(rows):
             grad_input_kernel[(triton.cdiv(M, BLOCK_M) * tiles,)](
                 rows,
                 packed.contiguous(),

@@ -11,7 +11,6 @@ from ternarize.backends.triton.packed import (
     INTERPRETED,
     columns,
     decode,
-    device_of,
     group_scale,
     load_codes,
     output_dtype,
@@ -112,7 +111,7 @@ def linear(
         if mantissa is not None:
             mantissa = mantissa.expand(N, groups)
         y = x.new_empty((*x.shape[:-1], N), dtype=output_dtype(x.dtype))
-        with device_of(x):
+        with torch.cuda.device_of(x):
             linear_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)](
                 rows,
                 packed.contiguous(),

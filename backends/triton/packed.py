@@ -5,7 +5,6 @@ c, BLOCK_C + c, 2 · BLOCK_C + c and 3 · BLOCK_C + c of the tile. Each of those
 never spans two groups, so one scale a row is enough, and no byte is loaded twice.
 """
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -53,11 +52,6 @@ def words_together(in_features: int, group_size: int) -> bool:
 def output_dtype(dtype: torch.dtype) -> torch.dtype:
     """What a kernel writes where the op returns ``dtype``."""
     return torch.float32 if INTERPRETED else dtype
-
-
-def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Makes a tensor's device the current one, which is where Triton launches."""
-    return torch.cuda.device_of(tensor)
 
 
 @triton.jit

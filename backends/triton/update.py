@@ -17,7 +17,6 @@ from ternarize.backends.triton.packed import (
     INTERPRETED,
     columns,
     decode,
-    device_of,
     load_codes,
     tiling,
     uniform,
@@ -228,7 +227,7 @@ def update_stage(
         factored = rule == "factored"
         row_factor, col_factor = reference.normalisers(row_log2[i], col_log2[i]) if factored else (None, None)
         slope = torch.zeros(N, groups, device=x.device) if stage_E and chunks > 1 else None
-        with device_of(x):
+        with torch.cuda.device_of(x):
             # More rows spill registers.
             BLOCK_N = 64
             stage_kernel[(triton.cdiv(N, BLOCK_N) * tiles,)](
@@ -296,7 +295,7 @@ def update_commit(
     step, bar = lr, threshold
     if rule == "factored":
         step, bar = lr * 2 * theta / unit, theta + (T_momentum is None)
-    with device_of(T_packed):
+    with torch.cuda.device_of(T_packed):
         # 1024 weights a tile: the random numbers take registers, and with fewer bytes than threads, threads that hold
         # copies could read a byte that another has already stepped.
         BLOCK_N = 256 // BLOCK_C

@@ -111,12 +111,12 @@ def test_a_bias_is_exact_at_both_ends_of_its_exponent(backend: str, device: str)
         assert torch.equal(linear(backend, x, [layer], 32)[0].double(), expected.expand(2, 3))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_linear_passes_opcheck(backend: str) -> None:
-    layer = random_weights(5, 20, 8, bias=True)
+@on_every_backend
+def test_linear_passes_opcheck(backend: str, device: str) -> None:
+    layer = random_weights(5, 20, 8, bias=True, device=device)
     op = getattr(torch.ops.ternarize, f"linear_{backend}")
     args = ([layer.T_packed], [layer.E], [None], [layer.bias], [layer.bias_exponent], 8)
-    torch.library.opcheck(op, (torch.randn(3, 20), *args), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(op, (torch.randn(3, 20, device=device), *args))
 
 
 def facts(device: str, capability: tuple[int, int], dtype: torch.dtype) -> Facts:

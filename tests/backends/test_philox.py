@@ -1,7 +1,10 @@
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from ternarize.backends.triton.packed import uniform as triton_uniform
 from ternarize.errors import ShapeError
 from ternarize.philox import philox, uniform
 
@@ -67,3 +70,23 @@ def test_numbers_are_uniform_in_the_unit_interval() -> None:
 def test_a_wrong_rng_tensor_is_an_error() -> None:
     with pytest.raises(ShapeError, match=r"need int64 \[3\]"):
         uniform(torch.zeros(2, dtype=torch.int64), 0, slice(0, 1), 4)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def uniform_kernel(rng: tl.tensor, out: tl.tensor, stream: tl.tensor, K: tl.tensor, TOGETHER: tl.constexpr) -> None:
+    n, k = tl.arange(0, 4), tl.arange(0, 16)
+    place = n[:, None] * K + k[None, :]
+    numbers = triton_uniform(rng, stream, n, k, K, TOGETHER)
+    tl.store(out + place, numbers, mask=(k < K)[None, :] & (n < 4)[:, None])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("K", [11, 16])
+def test_triton_draws_the_same_numbers(device: str, together: bool, K: int) -> None:
+    if device == "cpu" and torch.cuda.is_available():
+        pytest.skip("Triton compiles here: it cannot run on the CPU")
+    rng = torch.tensor([2**32 - 1, 2**31 + 1, 2**32 - 2], device=device)
+    out = torch.empty(4, K, device=device)
+    uniform_kernel[(1,)](rng, out, 5, K, together)
+    assert torch.equal(out, uniform(rng, 5, slice(0, 4), K))

@@ -28,9 +28,6 @@ SCALE_OP = "mul"
 WEIGHTS = "model"
 TRAINING = "training_state"
 
-#: Tensors of a layer in the weights file. A bias without bias_exponent is a float one, of a dense layer.
-LAYER_TENSORS = ("T_packed", "E", "E_mantissa", "bias", "bias_exponent")
-
 #: Significant bits of the float type whose scales an integer mantissa of this dtype holds: bfloat16, float16, float32.
 MANTISSA_BITS = {torch.uint8: 8, torch.int16: 11, torch.int32: 24}
 

@@ -91,10 +91,11 @@ def test_dtype_casts_floats_and_leaves_computed_buffers(packed_source: Path) -> 
     assert all(layer.dtype == torch.bfloat16 for _, layer in ternary_layers(model))
 
 
-def test_parameters_own_their_memory(packed_source: Path) -> None:
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists a process's mapped files")
+def test_loaded_models_do_not_keep_their_file_mapped(packed_source: Path) -> None:
     model = from_pretrained(packed_source)
-    for parameter in model.parameters():
-        assert parameter.untyped_storage().nbytes() == parameter.nbytes
+    assert str(packed_source) not in Path("/proc/self/maps").read_text()
+    assert len(list(model.parameters())) > 0
 
 
 def test_load_into_fills_modules_of_any_kind(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Convert a checkpoint to the packed ternary format, load it and generate text.
 
-    python examples/convert_and_generate.py SmolLM2-135M-Instruct.Q4_1.gguf smollm2-ternary --prompt "Why is the sky blue?"
+python examples/convert_and_generate.py SmolLM2-135M-Instruct.Q4_1.gguf smollm2-ternary --prompt "Why is the sky blue?"
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Make a transformers model ternary, compile it, run it and train it for a few steps.
 
-    python examples/swap_and_compile.py --hidden 256 --steps 5
+python examples/swap_and_compile.py --hidden 256 --steps 5
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """Train a small ternary language model over bytes from scratch, beside a dense twin of the same start and data.
 
-The ternary model keeps trits, int8 accumulators and int8 momentum for its linear layers, updated by the `factored` rule:
-no float master weights. The dense twin keeps float32 weights and AdamW state. Both take every step on the same batch.
+The ternary model keeps trits, int8 accumulators and int8 momentum for its linear layers, updated by the `factored`
+rule: no float master weights. The dense twin keeps float32 weights and AdamW state. Both take every step on the same
+batch.
 
     python examples/train_byte_model.py --steps 200
 """

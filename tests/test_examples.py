@@ -66,5 +66,11 @@ def test_the_demo_ends_in_one_table(
     out = capsys.readouterr().out
     table = out[out.index("a byte model from scratch") :]
     assert code == 0
-    for row in ("bytes, files", "perplexity, 62 tokens", "tokens/s, writing", "torch x 14", "after 2 steps, unseen text"):
+    for row in (
+        "bytes, files",
+        "perplexity, 62 tokens",
+        "tokens/s, writing",
+        "torch x 14",
+        "after 2 steps, unseen text",
+    ):
         assert row in table

@@ -48,9 +48,7 @@ def compile_graph(
     patches["joint_custom_pre_pass"] = JointPasses()
     patches["post_grad_custom_pre_pass"] = PostGradPasses(phase, policy)
     original = copy.deepcopy(graph_module) if guarded else None
-    compiled: Compiled = compile_fx(
-        graph_module, list(example_inputs), inner_compile=compile_part, config_patches=patches
-    )
+    compiled: Any = compile_fx(graph_module, list(example_inputs), inner_compile=compile_part, config_patches=patches)
     return compiled if original is None else _guard_outputs(compiled, original, guarded, policy)
 
 

@@ -1,8 +1,8 @@
 """Train a small ternary language model over bytes from scratch, beside a dense twin of the same start and data.
 
 The ternary model keeps trits, int8 accumulators and int8 momentum for its linear layers, updated by the `factored`
-rule: no float master weights. The dense twin keeps float32 weights and AdamW state. Both take every step on the same
-batch.
+rule: no float master weights. The dense twin keeps float32 weights and AdamW state. Both take every step on the
+same batch.
 
     python examples/train_byte_model.py --steps 200
 """
@@ -62,7 +62,7 @@ def validation_loss(model: nn.Module, data: Tensor, context: int, batch: int) ->
     """Mean loss over 4 fixed batches."""
     model.eval()
     source = batches(data, context, batch, seed=1)
-    losses = [model(input_ids=ids, labels=ids).loss.item() for ids in (next(source) for _ in range(4))]
+    losses: list[float] = [model(input_ids=ids, labels=ids).loss.item() for ids in (next(source) for _ in range(4))]
     model.train()
     return sum(losses) / len(losses)
 

@@ -65,9 +65,7 @@ def _merge(graph: fx.Graph, group: list[fx.Node]) -> None:
     with graph.inserting_before(first):
         call = graph.call_function(first.target, tuple(args))  # type: ignore[arg-type]  # an op packet or overload
     call.meta = copy_meta(first)
-    values = [node.meta.get("example_value") for node in group]
-    if all(value is not None for value in values):
-        call.meta["example_value"] = [output for value in values for output in value]
+    call.meta["example_value"] = [output for node in group for output in node.meta["example_value"]]
     for index, node in enumerate(group):
         for user in list(node.users):
             # The op returns a list, so every user takes an item; a single layer has item 0 only.

@@ -40,7 +40,7 @@ def run_on_dynamo_graph(graph_module: fx.GraphModule) -> None:
     graph_module.recompile()
 
 
-class JointPasses(CustomGraphPass):  # type: ignore[misc]  # torch does not annotate it
+class JointPasses(CustomGraphPass):
     """What runs on the joint forward and backward graph."""
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -52,7 +52,7 @@ class JointPasses(CustomGraphPass):  # type: ignore[misc]  # torch does not anno
         return ("ternarize-joint", source_hash())
 
 
-class PostGradPasses(CustomGraphPass):  # type: ignore[misc]  # torch does not annotate it
+class PostGradPasses(CustomGraphPass):
     """What runs on the inference, the forward and the backward graph.
 
     Args:

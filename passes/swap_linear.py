@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import Argument
 
 from ternarize.layer import TernaryLinear
 from ternarize.passes.base import GraphPass, copy_meta
@@ -94,15 +95,17 @@ def swap_linear_calls(calls: LinearCalls, layer: TernaryLinear) -> None:
     still_read = {node.target for node in graph.find_nodes(op="get_attr")}
     for path in (calls.weight, calls.bias):
         if path is not None and path not in still_read:
-            owner, _, name = path.rpartition(".")
-            # Where a module of the same weight was replaced too, the parameter is gone already.
-            graph_module.get_submodule(owner)._parameters.pop(name, None)
+            owner_path, _, name = path.rpartition(".")
+            owner = graph_module.get_submodule(owner_path)
+            # Tracing puts parameters that it reads into bare holders; any other module has use for its own.
+            if owner is graph_module or type(owner) is nn.Module:
+                owner._parameters.pop(name, None)
     graph.lint()
     graph_module.recompile()
 
 
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    return dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+def _arguments(node: fx.Node) -> dict[str, Argument]:
+    return {**dict(zip(("input", "weight", "bias"), node.args, strict=False)), **node.kwargs}
 
 
 def _parameter_path(graph_module: fx.GraphModule, node: object) -> str | None:

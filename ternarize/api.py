@@ -212,7 +212,7 @@ def _convert(
             dtype=weight.dtype,
         )
     else:
-        quantized = quantize_weight(weight, config, name=f"the weight of {layer.name!r}")
+        quantized = quantize_weight(weight, config, trainable=trainable, name=f"the weight of {layer.name!r}")
         error = relative_error(weight, quantized, config.group_size)
         bias, bias_exponent = quantize_bias(layer.bias) if layer.bias is not None else (None, None)
         ternary = TernaryLinear.from_levels(

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
@@ -67,7 +67,7 @@ class DenseLayer:
 
 
 def _dense_types() -> tuple[type[nn.Module], ...]:
-    """nn.Linear and, where transformers is loaded, the Conv1D of GPT-2: a linear layer that stores its weight as [K, N]."""
+    """nn.Linear and, where transformers is loaded, GPT-2's Conv1D: a linear layer whose weight is stored [K, N]."""
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     return (nn.Linear,) if conv1d is None else (nn.Linear, conv1d)
 
@@ -116,7 +116,8 @@ def _called_layer(prefix: str, calls: LinearCalls) -> DenseLayer:
     weight = calls.graph_module.get_parameter(calls.weight)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = weight
-    linear.bias = None if calls.bias is None else calls.graph_module.get_parameter(calls.bias)
+    if calls.bias is not None:
+        linear.bias = calls.graph_module.get_parameter(calls.bias)
     linear.train(calls.graph_module.training)
     path = _join(prefix, calls.weight)
     return DenseLayer([path.removesuffix(".weight")], linear, {path}, calls)
@@ -170,7 +171,7 @@ def _skip_by_kind(layer: DenseLayer) -> Skip | None:
     return Skip(reason, chosen=False)
 
 
-def _skip_by_ties(model: nn.Module, layers: Iterable[DenseLayer], read: set[int]) -> None:
+def _skip_by_ties(model: nn.Module, layers: Sequence[DenseLayer], read: set[int]) -> None:
     """Keep weights dense that anything dense still needs: what shares a weight is swapped together or not at all."""
     sharing: defaultdict[int, list[DenseLayer]] = defaultdict(list)
     for layer in layers:
@@ -179,7 +180,13 @@ def _skip_by_ties(model: nn.Module, layers: Iterable[DenseLayer], read: set[int]
     registered: defaultdict[int, set[str]] = defaultdict(set)
     for path, parameter in model.named_parameters(remove_duplicate=False):
         registered[id(parameter)].add(path)
+    # A swapped module's parameters are gone from where a graph looks for them.
+    bias_users: defaultdict[int, set[int]] = defaultdict(set)
+    for layer in layers:
+        if layer.calls is not None:
+            bias_users[id(layer.bias)].add(id(layer.parameter))
     for weight_id, group in sharing.items():
+        biases = {id(layer.bias) for layer in group if layer.bias is not None}
         elsewhere = registered[weight_id].difference(*(layer.paths for layer in group))
         dense = next((layer for layer in group if layer.skip is not None), None)
         if elsewhere:
@@ -188,6 +195,8 @@ def _skip_by_ties(model: nn.Module, layers: Iterable[DenseLayer], read: set[int]
             reason = f"shares its weight with {dense.name!r}, which stays dense"
         elif weight_id in read:
             reason = "the graph reads its weight for something else too"
+        elif any(bias in read or bias_users[bias] - {weight_id} for bias in biases):
+            reason = "the graph reads its bias for something else too"
         elif len({id(layer.bias) for layer in group}) > 1:
             reason = f"shares its weight with {group[0].name!r}, but not its bias"
         else:

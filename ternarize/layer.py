@@ -4,9 +4,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 from ternarize import guard, ops  # noqa: F401  # importing ops registers torch.ops.ternarize
+from ternarize.backends.torch.update import row_strips
 from ternarize.config import TernaryConfig
 from ternarize.errors import ConfigError, ShapeError
 from ternarize.packing import ROW, groups_per_row, pack, split_planes
@@ -157,8 +159,10 @@ class TernaryLinear(nn.Module):
             device=levels.device,
             dtype=dtype,
         )
-        T = levels if config.planes == 1 else split_planes(levels, config.planes)
-        layer.T_packed.copy_(pack(T, layer.group_size))
+        # A strip of rows at a time: planes and codes of a whole weight would take several times its bytes.
+        for rows in row_strips(out_features, in_features):
+            T = levels[rows] if config.planes == 1 else split_planes(levels[rows], config.planes)
+            layer.T_packed[..., rows, :] = pack(T, layer.group_size)
         if E.shape != layer.E.shape:
             raise ShapeError(f"E is {list(E.shape)}, need {list(layer.E.shape)} for {in_features} weights a row")
         layer.E.copy_(E)
@@ -199,12 +203,24 @@ class TernaryLinear(nn.Module):
         device = self.T_packed.device
         self.anchor = torch.zeros(0, device=device, requires_grad=True)
         self.status = torch.zeros(2, dtype=torch.int32, device=device)
-        guard.register(self)
         # The optimizer keeps its seed and step here: they move along, as its parameters do.
         rng: Tensor = getattr(self, "rng", torch.zeros(3, dtype=torch.int64, device=device))
         self.rng = torch.zeros_like(rng, device=device) if rng.is_meta else rng.to(device)
         if self.stage is not None:
             self.prepare_training()
+        self._announce()
+
+    def _announce(self) -> None:
+        """Tell the output guard whose status this is, and Dynamo that no size of the transients ever changes.
+
+        Dynamo takes parameters to be static, but with dynamic=True it would trace other tensors with symbolic sizes,
+        and take a batch of 2 and the 2 entries of a status for the same symbol.
+        """
+        guard.register(self)
+        for name in ("anchor", "status", "rng", *STAGE):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                torch._dynamo.mark_static(tensor)
 
     def prepare_training(self) -> None:
         """Allocate the stage, 8 bits a weight, that backward fills and the optimizer's step empties."""
@@ -219,6 +235,7 @@ class TernaryLinear(nn.Module):
         if self.rule == "factored":
             self.stage_row = torch.zeros(self.out_features, dtype=torch.float32, device=device)
             self.stage_col = torch.zeros(self.in_features, dtype=torch.float32, device=device)
+        self._announce()
 
     def freeze(self) -> None:
         """Drop the training state; the layer stays differentiable in its input."""
@@ -228,20 +245,21 @@ class TernaryLinear(nn.Module):
             setattr(self, name, None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copied or unpickled layer, whose status tensor is a new one."""
-        super().__setstate__(state)
-        guard.register(self)
+        """Of a copied or unpickled layer, whose tensors are new ones."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # of torch
+        self._announce()
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
         device = self.T_packed.device
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # of torch
         if self.T_packed.device != device:
             self._reset_transients()
         return self
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N], in the dtype of x, or of autocast where it is on."""
-        if torch.is_autocast_enabled(x.device.type):
+        # Autocast knows no meta device and raises when asked about it.
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         weights = ([self.T_packed], [self.E], [self.E_mantissa], [self.bias], [self.bias_exponent])
         outputs: list[Tensor]

@@ -18,7 +18,7 @@ from ternarize.layer import STAGE, TernaryLinear, ternary_layers
 #: Learning rate by form of the state: the best peaks of docs/training.md, and whole votes for `sign`.
 DEFAULT_LR = {"int8": 28 / 254, "int4": 14 / 254, "sign": 1.0}
 
-_WHAT = {NONFINITE_OUTPUT: "output", NONFINITE_GRADIENT: "gradient", NONFINITE_LOSS: "loss"}
+_WHAT = {NONFINITE_OUTPUT: "output", NONFINITE_GRADIENT: "gradient"}
 
 
 def _form(layer: TernaryLinear) -> str:
@@ -187,7 +187,9 @@ class TernaryOptimizer(torch.optim.Optimizer):
             what = [word for bit, word in _WHAT.items() if bits & bit]
             if what:
                 phrases.append(f"{' and '.join(what)} of layer {layer.name or i!r}")
-        return phrases + ["the loss"] * (findings[len(self._layers)] != 0)
+        if findings[len(self._layers)]:
+            phrases.append("the loss")
+        return phrases
 
     def _apply(self, refuse: Tensor) -> None:
         for group in self.param_groups:

@@ -1,11 +1,29 @@
-"""Tiny language models, made here: no test downloads anything."""
+"""What every test shares: where Triton runs, and tiny language models, made here, so that no test downloads anything.
 
+Triton reads TRITON_INTERPRET at import, so it is set here, before anything imports it.
+"""
+
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# transformers imports Triton.
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked gpu where there is no GPU."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

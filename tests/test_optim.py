@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ternarize import TernaryConfig, TernaryLinear, TernaryOptimizer, build_optimizer
 from ternarize.errors import CheckpointError, ConfigError
@@ -26,7 +25,7 @@ def make_layer(in_features: int, out_features: int, form: str = "int8", *, trit:
     """A trainable layer of one trit value, or of random ones."""
     shape = (out_features, in_features)
     levels = torch.randint(-1, 2, shape, dtype=torch.int8) if trit is None else torch.full(shape, trit).to(torch.int8)
-    # Outputs of about the size of the inputs: half of the weights are ±2^E.
+    # Outputs of about the size of the inputs: two thirds of the weights are ±2^E.
     exponent = -round(torch.tensor(2 / 3 * in_features).sqrt().log2().item())
     E = torch.full((out_features, -(-in_features // 16)), exponent, dtype=torch.int8)
     return TernaryLinear.from_levels(levels, E, config=FORMS[form], trainable=True)
@@ -90,8 +89,7 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
-    loaded: dict[str, Any] = torch.load(file, weights_only=True)
-    return loaded
+    return torch.load(file, weights_only=True)  # type: ignore[no-any-return]  # torch.load is untyped
 
 
 @pytest.fixture(autouse=True)
@@ -281,82 +279,6 @@ def test_a_closure_gives_the_gradient_and_its_loss_is_returned() -> None:
     assert optimizer.step() is None
 
 
-# Several backward calls, and graphs that share a layer.
-
-
-@pytest.mark.parametrize("form", ["int8", "int4"])
-def test_micro_batches_of_equal_gradients_step_as_one_of_them(form: str) -> None:
-    once = make_layer(16, 8, form, trit=1)
-    thrice = copy.deepcopy(once)
-    for layer, batches in ((once, 1), (thrice, 3)):
-        optimizer = TernaryOptimizer(layer)
-        push(layer, optimizer, 1.0, 1)
-        for _ in range(batches):
-            # Far above the statistics, so that every staged integer is the limit 4, whatever the random bits.
-            (100 * layer(torch.ones(1, 16)).sum()).backward()
-        assert layer.stage is not None
-        assert (layer.stage == 4 * batches).all()
-        optimizer.step()
-    assert changed(thrice, once.state_dict()) == []
-
-
-def test_votes_of_micro_batches_add_up_under_sign() -> None:
-    layer = make_layer(16, 8, "sign", trit=1)
-    optimizer = TernaryOptimizer(layer)
-    for _ in range(3):
-        layer(torch.ones(1, 16)).sum().backward()
-    optimizer.step()
-    assert layer.T_accum is not None
-    assert (layer.T_accum == -3).all()
-
-
-@every_form
-def test_activation_checkpointing_changes_no_integer(form: str) -> None:
-    plain = nn.Sequential(make_layer(16, 32, form), nn.ReLU(), make_layer(32, 16, form))
-    recomputed = copy.deepcopy(plain)
-    x = torch.randn(8, 16)
-    for model in (plain, recomputed):
-        optimizer = TernaryOptimizer(model)
-        for _ in range(4):
-            y = model(x) if model is plain else checkpoint(model, x, use_reentrant=False)
-            (y - x).square().mean().backward()
-            optimizer.step()
-    assert changed(recomputed, plain.state_dict()) == []
-
-
-@every_form
-def test_a_layer_used_twice_stages_both_gradients(form: str) -> None:
-    layer = make_layer(16, 16, form)
-    before = snapshot(layer)
-    optimizer = TernaryOptimizer(layer)
-    for _ in range(2):
-        layer(torch.relu(layer(torch.randn(8, 16)))).sum().backward()
-        assert layer.status.tolist() == [0, 2]
-        optimizer.step()
-        assert layer.status.tolist() == [0, 0]
-    assert "T_accum" in changed(layer, before)
-
-
-def test_two_forwards_before_two_backwards_stage_both() -> None:
-    layer = make_layer(16, 8, "sign", trit=1)
-    optimizer = TernaryOptimizer(layer)
-    first, second = layer(torch.ones(1, 16)), layer(torch.ones(2, 16))
-    first.sum().backward()
-    second.sum().backward()
-    optimizer.step()
-    assert layer.T_accum is not None
-    assert (layer.T_accum == -2).all()
-
-
-def test_a_step_between_forward_and_backward_is_an_error() -> None:
-    layer = make_layer(16, 8)
-    optimizer = TernaryOptimizer(layer)
-    y = layer(torch.ones(1, 16, requires_grad=True))
-    optimizer.step()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
-
-
 # State, and torch's own tools.
 
 
@@ -400,8 +322,7 @@ def test_build_optimizer_trains_floats_and_trits_as_one(fused: bool) -> None:
     model = Mixed()
     optimizer = build_optimizer(model, lr=1e-2, fused=fused)
     assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 28 / 254]
-    before = snapshot(model)
-    losses = train(model, optimizer, range(100))
+    before, losses = snapshot(model), train(model, optimizer, range(100))
     assert sum(losses[-5:]) / 5 < 0.2 * losses[0]
     assert before.keys() - changed(model, before) == {"up.E", "down.E"}
 
@@ -428,8 +349,6 @@ def test_a_model_without_float_parameters_gets_one_optimizer_all_the_same() -> N
     model = nn.Sequential(make_layer(16, 8))
     optimizer = build_optimizer(model, lr=1e-3)
     assert [group["lr"] for group in optimizer.param_groups] == [28 / 254]
-    model(torch.randn(4, 16)).sum().backward()
-    optimizer.step()
 
 
 def test_sparse_gradients_of_embeddings_are_checked_too() -> None:
@@ -468,8 +387,7 @@ def test_accelerate_prepares_clips_and_steps() -> None:
     accelerate = pytest.importorskip("accelerate")
     model = Mixed()
     accelerator = accelerate.Accelerator(cpu=True)
-    scheduler_free = build_optimizer(model, lr=1e-2)
-    prepared, optimizer = accelerator.prepare(model, scheduler_free)
+    prepared, optimizer = accelerator.prepare(model, build_optimizer(model, lr=1e-2))
     losses = []
     for seed in range(30):
         loss = next_token_loss(prepared, seed)

@@ -16,19 +16,19 @@ from ternarize.backends.tilelang.linear_kernel import TARGET, linear_program
 class Tile:
     """Shape of the part of y that one block computes, and how far it loads ahead."""
 
-    block_M: int
+    BLOCK_M: int
     """Tokens."""
-    block_N: int
+    BLOCK_N: int
     """Outputs: 64 for each warpgroup."""
     stages: int
     """Steps along K, of one scale group each, that are in flight."""
 
 
 #: A few tokens: y is narrow, reading the weight is all the time, so many loads in flight.
-_NARROW = Tile(block_M=16, block_N=64, stages=6)
-_MIDDLE = Tile(block_M=64, block_N=64, stages=4)
+_NARROW = Tile(BLOCK_M=16, BLOCK_N=64, stages=6)
+_MIDDLE = Tile(BLOCK_M=64, BLOCK_N=64, stages=4)
 #: The tensor cores are all the time. With groups of 256 its stages fill 216 of the 227 KiB of shared memory.
-_WIDE = Tile(block_M=128, block_N=128, stages=3)
+_WIDE = Tile(BLOCK_M=128, BLOCK_N=128, stages=3)
 
 TILES = (_NARROW, _MIDDLE, _WIDE)
 
@@ -38,10 +38,10 @@ _MULTIPROCESSORS = 132
 
 def choose_tile(M: int, N: int) -> Tile:
     """The largest tile that M tokens fill and whose blocks are enough for every multiprocessor."""
-    if M <= _NARROW.block_M:
-        return _NARROW
-    wide_blocks = -(-M // _WIDE.block_M) * -(-N // _WIDE.block_N)
-    return _MIDDLE if M <= _MIDDLE.block_M or wide_blocks < _MULTIPROCESSORS else _WIDE
+    wide_blocks = -(-M // _WIDE.BLOCK_M) * -(-N // _WIDE.BLOCK_N)
+    if M > _MIDDLE.BLOCK_M and wide_blocks >= _MULTIPROCESSORS:
+        return _WIDE
+    return _MIDDLE if M > _NARROW.BLOCK_M else _NARROW
 
 
 @functools.cache

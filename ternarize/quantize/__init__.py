@@ -25,10 +25,12 @@ class Quantized:
     """int8 [N, G]: the weight is about levels · 2^E."""
 
     T_accum: Tensor | None
-    """int8 [N, K], where the accumulators of a trainable layer start; None for several planes."""
+    """int8 [N, K], where the accumulators of a trainable layer start; None for other layers."""
 
 
-def quantize_weight(weight: Tensor, config: TernaryConfig, *, name: str = "weight") -> Quantized:
+def quantize_weight(
+    weight: Tensor, config: TernaryConfig, *, trainable: bool = True, name: str = "weight"
+) -> Quantized:
     """Round a dense weight to levels times a power of two a group.
 
     With one plane and ``init="absmean"``, 2^E is the power of two nearest to the mean magnitude of the group (BitNet
@@ -42,6 +44,7 @@ def quantize_weight(weight: Tensor, config: TernaryConfig, *, name: str = "weigh
     Args:
         weight: floating [N, K], on any device that holds data.
         config: group size, planes, init, and the rule and form that T_accum is for.
+        trainable: whether to return T_accum, which only layers of one plane have.
         name: of the weight, for messages.
 
     Returns:
@@ -58,7 +61,7 @@ def quantize_weight(weight: Tensor, config: TernaryConfig, *, name: str = "weigh
     groups = groups_per_row(in_features, config.group_size)
     levels = weight.new_empty((rows, in_features), dtype=torch.int8)
     E = weight.new_empty((rows, groups), dtype=torch.int8)
-    T_accum = torch.zeros_like(levels) if config.planes == 1 else None
+    T_accum = torch.zeros_like(levels) if trainable and config.planes == 1 else None
     for strip in row_strips(rows, in_features):
         grouped = _group(finite_float32(weight[strip], name), config.group_size)
         E[strip] = _exponents(grouped, in_features, config)

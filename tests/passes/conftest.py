@@ -46,7 +46,8 @@ class Block(nn.Module):
         h = self.norm(x)
         x = x + self.o(torch.softmax(self.q(h) @ self.k(h).mT, -1) @ self.v(h))
         h = self.norm(x)
-        return x + self.down(nn.functional.silu(self.gate(h)) * self.up(h))
+        y: Tensor = x + self.down(nn.functional.silu(self.gate(h)) * self.up(h))
+        return y
 
 
 @pytest.fixture

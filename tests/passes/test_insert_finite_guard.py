@@ -23,7 +23,7 @@ Graphs = list[Counter[str]]
 class WithLoss(nn.Module):
     """Returns its loss and its output, as language models do; the loss may be shifted without changing gradients."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: TernaryLinear) -> None:
         super().__init__()
         self.layer = layer
 

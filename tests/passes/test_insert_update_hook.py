@@ -23,7 +23,8 @@ class Tied(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(torch.relu(self.layer(x)))
+        y: Tensor = self.layer(torch.relu(self.layer(x)))
+        return y
 
 
 def test_numbers_equal_eager_with_two_forwards_before_two_backwards(
@@ -77,7 +78,7 @@ def test_a_lost_hook_is_an_error(make_layer: MakeLayer) -> None:
     graph = fx.Graph()
     x, *state = (graph.placeholder(name) for name in ("x", "anchor", "T", "E", "stage", "status"))
     weights = ([state[1]], [state[2]], [None], [None], [None])
-    staged = ([], [], [], [state[3]], [], [], [], [state[4]])
+    staged: tuple[list[Any], ...] = ([], [], [], [state[3]], [], [], [], [state[4]])
     call = torch.ops.ternarize.linear_train.default
     graph.output(graph.call_function(call, (x, state[0], *weights, *staged, layer.group_size, layer.rule)))
     with pytest.raises(TernarizeError, match="1 ternary layers and 0 update hooks"):

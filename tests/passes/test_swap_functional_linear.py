@@ -17,7 +17,7 @@ Graphs = list[Counter[str]]
 class Functional(nn.Module):
     """Reads the weight of its layer, as tied heads do."""
 
-    def __init__(self, layer: nn.Module, bias: bool) -> None:
+    def __init__(self, layer: TernaryLinear, bias: bool) -> None:
         super().__init__()
         self.layer = layer
         self.bias = nn.Parameter(torch.randn(8)) if bias else None

@@ -1,0 +1,358 @@
+"""The verb convert: its report, its warnings, and every refusal as one line with an exit code."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ternarize.checkpoint.source import read_json
+from ternarize.checkpoint.write import write_json
+from ternarize.cli import main
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def source(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A dense folder that the test may spoil."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "dense"))
+
+
+@pytest.fixture
+def packed(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A packed folder that the test may spoil."""
+    assert main(["convert", str(source), str(tmp_path / "packed"), "--group-size", "32", "--quiet"]) == 0
+    capsys.readouterr()
+    return tmp_path / "packed"
+
+
+def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: str | Path) -> tuple[int, str]:
+    """Run convert, which must fail with one line and change nothing; its exit code and that line."""
+    before = snapshot(tmp_path)
+    try:
+        code = main(["convert", *map(str, arguments)])
+    except SystemExit as error:
+        code = int(error.code or 0)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("ternarize")
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+    assert snapshot(tmp_path) == before
+    assert code != 0
+    return code, captured.err
+
+
+def test_json_is_one_object_with_the_report(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(source), str(tmp_path / "out"), "--json", "--group-size", "32"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["planes"] == 3
+    assert sum(layer["reason"] is None for layer in report["layers"]) == 14
+    assert report["bytes_after"] < report["bytes_before"]
+    assert "perplexity" not in report
+
+
+def test_summary_names_what_was_kept_and_why(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(source), str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    for words in ("safetensors", "layers converted", "14", "Embedding, not a linear layer", "bits a ternary weight"):
+        assert words in out
+
+
+def test_options_reach_the_layers(source: Path, tmp_path: Path) -> None:
+    options = [
+        "--planes",
+        "2",
+        "--group-size",
+        "-1",
+        "--exclude",
+        "mlp",
+        "--dtype",
+        "float16",
+        "--max-shard-size",
+        "9KB",
+    ]
+    assert main(["convert", str(source), str(tmp_path / "out"), *options]) == 0
+    config = read_json(tmp_path / "out" / "config.json")
+    assert config["dtype"] == "float16"
+    assert (config["quantization_config"]["planes"], config["quantization_config"]["group_size"]) == (2, -1)
+    weight_map = read_json(tmp_path / "out" / "model.safetensors.index.json")["weight_map"]
+    assert not any("mlp" in name and name.endswith(".T_packed") for name in weight_map)
+    assert len(set(weight_map.values())) > 2
+
+
+def test_one_plane_warns_with_both_perplexities(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(source), str(tmp_path / "out"), "--planes", "1", "--json"]) == 0
+    captured = capsys.readouterr()
+    measured = json.loads(captured.out)["perplexity"]
+    assert measured["source"] > 1
+    assert measured["converted"] > 1
+    assert 2000 < measured["tokens"] <= 2048
+    assert "not usable without training" in captured.err
+    # transformers shows progress of its own before it.
+    assert f"{measured['converted']:.4g}" in captured.err.splitlines()[-1]
+
+
+def test_no_eval_still_warns(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(source), str(tmp_path / "out"), "--planes", "1", "--json", "--no-eval"]) == 0
+    captured = capsys.readouterr()
+    assert "perplexity" not in json.loads(captured.out)
+    assert "not usable without training" in captured.err
+
+
+def test_eval_measures_both_models_on_the_given_text(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 4)
+    arguments = ["convert", str(source), str(tmp_path / "out"), "--json", "--eval", str(tmp_path / "text.txt")]
+    assert main(arguments) == 0
+    measured = json.loads(capsys.readouterr().out)["perplexity"]
+    assert measured["converted"] == pytest.approx(measured["source"], rel=0.1)
+
+
+def test_bare_weights_say_that_perplexity_was_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"up.weight": torch.randn(8, 8)}, tmp_path / "bare.safetensors")
+    assert main(["convert", str(tmp_path / "bare.safetensors"), str(tmp_path / "out"), "--planes", "1", "--json"]) == 0
+    assert "no causal language model" in json.loads(capsys.readouterr().out)["perplexity"]["not_measured"]
+
+
+def test_existing_output_is_kept_and_force_is_suggested(
+    source: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, line = refused(capsys, tmp_path, source, packed)
+    assert code == 1
+    assert "--force" in line
+
+
+def test_force_replaces_the_output_whole(source: Path, packed: Path, tmp_path: Path) -> None:
+    (packed / "left_over.txt").touch()
+    assert main(["convert", str(source), str(packed), "--planes", "2", "--force", "--quiet"]) == 0
+    assert read_json(packed / "config.json")["quantization_config"]["planes"] == 2
+    assert not (packed / "left_over.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "packed"]
+
+
+def test_force_never_replaces_what_is_no_checkpoint(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("years of work")
+    code, line = refused(capsys, tmp_path, source, tmp_path / "thesis", "--force")
+    assert (code, "remove it yourself" in line) == (1, True)
+
+
+def test_failed_force_leaves_the_old_output(
+    source: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.inf
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    code, line = refused(capsys, tmp_path, source, packed, "--force")
+    assert (code, "model.layers.1.mlp.up_proj" in line) == (1, True)
+
+
+class Unpicklable:
+    """What weights_only refuses."""
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 100)
+
+
+def empty_folder(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def no_matrices(folder: Path) -> None:
+    empty_folder(folder)
+    save_file({"norm.weight": torch.ones(4)}, folder / "model.safetensors")
+
+
+def no_tensors(folder: Path) -> None:
+    empty_folder(folder)
+    save_file({}, folder / "model.safetensors")
+
+
+def no_checkpoint(folder: Path) -> None:
+    empty_folder(folder)
+    (folder / "notes.txt").write_text("hello")
+
+
+def pickled_object(folder: Path) -> None:
+    empty_folder(folder)
+    torch.save({"model": Unpicklable()}, folder / "model.pt")
+
+
+def text_as_torch_file(folder: Path) -> None:
+    empty_folder(folder)
+    (folder / "model.pt").write_text("hello, this is no checkpoint")
+
+
+def text_as_gguf(folder: Path) -> None:
+    empty_folder(folder)
+    (folder / "model.gguf").write_text("hello, this is no checkpoint")
+
+
+def broken_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (truncate, "model.safetensors is no complete safetensors file"),
+        (shutil.rmtree, "does not exist"),
+        (empty_folder, "holds no weights"),
+        (no_checkpoint, "holds no weights"),
+        (no_matrices, "no weight matrix"),
+        (no_tensors, "holds no tensors"),
+        (pickled_object, "could run any code"),
+        (text_as_torch_file, "is no complete file of torch.save"),
+        (text_as_gguf, "is no GGUF file"),
+        (broken_config, "config.json cannot be read as JSON"),
+    ],
+)
+def test_unreadable_dense_sources_are_refused_in_one_line(
+    spoil: Callable[[Path], None], words: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(source)
+    code, line = refused(capsys, tmp_path, source, tmp_path / "out")
+    assert code == 1
+    assert words in line
+
+
+def test_source_without_permission_is_refused_in_one_line(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: Path, *_: Any, **__: Any) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    # The tests may run as root, whom no mode keeps out.
+    monkeypatch.setattr("ternarize.checkpoint.safetensors_files.safe_open", denied)
+    code, line = refused(capsys, tmp_path, source, tmp_path / "out")
+    assert code == 1
+    assert "permission denied" in line
+    assert "model.safetensors" in line
+
+
+def test_file_of_an_unknown_kind_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.onnx").touch()
+    code, line = refused(capsys, tmp_path, tmp_path / "model.onnx", tmp_path / "out")
+    assert (code, "no checkpoint by its name" in line) == (1, True)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change tensors of a packed folder as a tool without checksums would."""
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def flip_last_byte(folder: Path) -> None:
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+
+
+LAYER = "model.layers.0.self_attn.q_proj"
+
+
+def illegal_code(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors[f"{LAYER}.T_packed"].fill_(0b10))
+
+
+def illegal_exponent(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors[f"{LAYER}.E"].fill_(-128))
+
+
+def wrong_shape(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update({f"{LAYER}.E": tensors[f"{LAYER}.E"][:-1].clone()}))
+
+
+def missing_exponents(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update({f"{LAYER}.other": tensors.pop(f"{LAYER}.E")}))
+
+
+def change_quantization(folder: Path, **fields: Any) -> None:
+    config = read_json(folder / "config.json")
+    config["quantization_config"] |= fields
+    write_json(folder / "config.json", config)
+
+
+def unknown_version(folder: Path) -> None:
+    change_quantization(folder, format_version=99)
+
+
+def unknown_packing(folder: Path) -> None:
+    change_quantization(folder, packing="base3")
+
+
+def wrong_group_size(folder: Path) -> None:
+    change_quantization(folder, group_size=64)
+
+
+def text_for_group_size(folder: Path) -> None:
+    change_quantization(folder, group_size="32")
+
+
+def indivisible(folder: Path) -> None:
+    change_quantization(folder, modules={LAYER: {"in_features": 57}})
+
+
+def layer_without_tensors(folder: Path) -> None:
+    change_quantization(folder, modules={"no.such.layer": {"group_size": 64}})
+
+
+SPOILT_PACKED = [
+    (truncate, "model.safetensors is no complete safetensors file"),
+    (flip_last_byte, "does not match its checksum"),
+    (illegal_code, f"'{LAYER}.T_packed' holds the code 10"),
+    (illegal_exponent, f"'{LAYER}.E' holds the exponent -128"),
+    (wrong_shape, f"'{LAYER}.E' is int8 [63, 2], need int8 [64, 2]"),
+    (missing_exponents, f"'{LAYER}.E' is missing"),
+    (unknown_version, "format_version is 99"),
+    (unknown_packing, "packing is 'base3'"),
+    (wrong_group_size, "group_size 64"),
+    (text_for_group_size, "group_size is '32', need an integer"),
+    (indivisible, f"'{LAYER}.T_packed' is uint8 [3, 64, 16], need uint8 [3, 64, 15]"),
+    (layer_without_tensors, "'no.such.layer'"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "words"), SPOILT_PACKED)
+def test_damaged_packed_sources_are_refused_in_one_line(
+    spoil: Callable[[Path], None], words: str, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(packed)
+    code, line = refused(capsys, tmp_path, packed, tmp_path / "out")
+    assert code == 1
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--group-size", "30"], "multiple of 4"),
+        (["--max-shard-size", "big"], "'big'"),
+        (["--include", "("], "no regular expression"),
+        (["--planes", "4"], "--planes"),
+        (["--eval", "a.txt", "--no-eval"], "not allowed with"),
+    ],
+)
+def test_wrong_options_are_usage_errors(
+    options: list[str], words: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, line = refused(capsys, tmp_path, source, tmp_path / "out", *options)
+    assert words in line
+    assert code == 2

@@ -43,7 +43,7 @@ def run(_: argparse.Namespace, output: Output) -> dict[str, Any]:
     policy = kernels_policy()
     device = default_device()
     choices = {phase: _choice(phase, policy, device) for phase in ("inference", "training")}
-    checks = {backend: _check_backend(backend, device) for backend in STEMS}
+    checks = {backend: check_backend(backend, device) for backend in STEMS}
     used = {choice["backend"] for choice in choices.values() if choice["backend"]}
     report = {
         "versions": _versions(),
@@ -161,7 +161,7 @@ def _choice(phase: Phase, policy: Kernels, device: torch.device) -> dict[str, An
     return {"backend": choice.backend, "reason": choice.reason}
 
 
-def _check_backend(backend: str, device: torch.device) -> dict[str, str]:
+def check_backend(backend: str, device: torch.device) -> dict[str, str]:
     """Run each op of a backend once and compare with the torch reference on the same device."""
     for stem in STEMS[backend]:
         args, mutated = _small_call(stem, device)

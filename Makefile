@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo test lint typecheck pytest dist gpu-test clean
 
 demo: $(VENV)/ready $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
-	$(BIN)/python examples/demo.py --models $(MODELS)
+	$(BIN)/python examples/demo.py $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf $(MODELS)/smollm2-ternary
 
 test: lint typecheck pytest
 

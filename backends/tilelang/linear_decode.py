@@ -1,0 +1,115 @@
+# mypy: disable-error-code="valid-type, untyped-decorator, no-untyped-def"
+# TileLang is untyped, and its kernels are annotated with buffers, which are values.
+"""The program of `ternarize.backends.tilelang.linear` for a few tokens: linear_decode.cuh, hosted by TileLang."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import tilelang.language as T
+
+#: Weights that share an exponent, and the packed bytes of one group.
+GROUP = 128
+
+SOURCE = Path(__file__).with_name("linear_decode.cuh").read_text()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeTile:
+    """How linear_decode.cuh shares out the work; its template arguments, in their order."""
+
+    TOKENS: int
+    """Tokens a call has at most: 8 or 16."""
+    TILES: int
+    """mma tiles of 16 rows in a row block."""
+    STEP: int
+    """Groups that a warp loads at once: 1, 2 or 4, a divisor of the groups a row."""
+    WARPS: int
+    """Warps a block."""
+    K_WARPS: int
+    """Warps of a block among which K is split; the others take other row blocks."""
+    CLUSTER: int
+    """Blocks among which K is split."""
+    CLUSTERS: int
+    """Clusters, among which the row blocks are shared out: at most as many as there are row blocks."""
+    blocks_per_multiprocessor: int
+    """Blocks that fit a multiprocessor at a time: what bounds the registers of a thread."""
+
+    def row_blocks(self, N: int) -> int:
+        """Row blocks of N rows; the last overlaps the one before it if N is no multiple of their size."""
+        return -(-N // (16 * self.TILES))
+
+    def shared_bytes(self, N: int, K: int) -> int:
+        """Shared memory of a block: its part of x, and the parts of the sums that it adds up."""
+        steps = K // GROUP // self.STEP
+        x_bytes = -(-steps // self.CLUSTER) * self.STEP * GROUP * self.TOKENS * 2
+        blocks = -(-self.row_blocks(N) // self.CLUSTERS)
+        sums = -(-blocks // self.CLUSTER) * self.CLUSTER * self.K_WARPS * 16 * self.TILES * self.TOKENS
+        return x_bytes + sums * 4
+
+
+def decode_program(N: int, K: int, *, has_bias: bool, tile: DecodeTile) -> Any:
+    """The program for bfloat16 layers of one shape, groups of 128, and up to tile.TOKENS tokens.
+
+    Args:
+        N: out_features, at least 16 tile.TILES.
+        K: in_features, a multiple of 128 tile.STEP.
+        has_bias: whether the program takes bias and bias_exponent, after E.
+        tile: how the work is shared out.
+
+    Returns:
+        A TileLang prim_func of the tensors of `ternarize.backends.tilelang.linear_kernel.linear_program`.
+    """
+    M = T.dynamic("M")
+    parameters = ", ".join(
+        str(value)
+        for value in (tile.TOKENS, tile.TILES, tile.STEP, tile.WARPS, tile.K_WARPS, tile.CLUSTER, tile.CLUSTERS, N, K)
+    )
+    function = f"ternarize::linear_decode<{parameters}>"
+    shared_bytes = tile.shared_bytes(N, K)
+
+    @T.macro
+    def block(x, T_packed, E, bias, bias_exponent, y):
+        with T.Kernel(tile.CLUSTER * tile.CLUSTERS, threads=32 * tile.WARPS, cluster_dims=tile.CLUSTER):
+            T.import_source(SOURCE)
+            T.annotate_min_blocks_per_sm(tile.blocks_per_multiprocessor)
+            shared = T.alloc_shared((shared_bytes,), T.uint8)
+            T.call_extern(
+                "handle",
+                function,
+                T.access_ptr(x[0, 0], "r"),
+                T.access_ptr(T_packed[0, 0], "r"),
+                T.access_ptr(E[0, 0], "r"),
+                T.access_ptr(y[0, 0], "w"),
+                T.access_ptr(shared[0], "rw"),
+                M,
+                *((T.access_ptr(bias[0], "r"), T.access_ptr(bias_exponent[0], "r")) if has_bias else ()),
+            )
+            # The function has waited already; that TileLang sees a wait is what makes it launch the kernel as dependent.
+            T.pdl_sync()
+
+    if has_bias:
+
+        @T.prim_func
+        def ternary_linear_decode(
+            x: T.Tensor((M, K), T.bfloat16),
+            T_packed: T.Tensor((N, K // 4), T.uint8),
+            E: T.Tensor((N, K // GROUP), T.int8),
+            bias: T.Tensor((N,), T.int32),
+            bias_exponent: T.Tensor((1,), T.int8),
+            y: T.Tensor((M, N), T.bfloat16),
+        ):
+            block(x, T_packed, E, bias, bias_exponent, y)
+
+    else:
+
+        @T.prim_func
+        def ternary_linear_decode(
+            x: T.Tensor((M, K), T.bfloat16),
+            T_packed: T.Tensor((N, K // 4), T.uint8),
+            E: T.Tensor((N, K // GROUP), T.int8),
+            y: T.Tensor((M, N), T.bfloat16),
+        ):
+            block(x, T_packed, E, None, None, y)
+
+    return ternary_linear_decode

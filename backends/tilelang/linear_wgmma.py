@@ -1,0 +1,182 @@
+# mypy: disable-error-code="valid-type, untyped-decorator, no-untyped-def"
+# TileLang is untyped, and its kernels are annotated with buffers, which are values.
+"""The program of `ternarize.backends.tilelang.linear` on wgmma, for any number of tokens."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import tilelang.language as T
+
+#: What TileLang compiles for. wgmma needs the "a" of sm_90a.
+TARGET = {"kind": "cuda", "arch": "sm_90a"}
+
+SOURCE = Path(__file__).with_name("wgmma_weight.cuh").read_text()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tile:
+    """The part of y that one cluster of blocks computes, and how far it loads ahead."""
+
+    BLOCK_M: int
+    """Tokens, a multiple of 16."""
+    BLOCK_N: int
+    """Outputs: 64 for each warpgroup."""
+    stages: int
+    """Steps along K, of one scale group each, that are in flight."""
+    split: int = 1
+    """Blocks of the cluster, among which K is split: a divisor of the groups a row and of BLOCK_M."""
+
+
+def _exp2(exponent: Any) -> Any:
+    """2^exponent as float32, exact for integers in [-126, 127]."""
+    return T.reinterpret((T.cast(exponent, T.int32) + 127) << 23, T.float32)
+
+
+def linear_program(
+    N: int,
+    K: int,
+    g: int,
+    dtype: Literal["bfloat16", "float16"],
+    *,
+    has_bias: bool,
+    tile: Tile,
+) -> Any:
+    """The program for layers of one shape and any number of tokens.
+
+    It computes yᵀ = W · xᵀ: the trits are decoded in registers, straight into the A operand of wgmma, so no decoded
+    weight is ever written to memory (wgmma_weight.cuh). One step along K is one scale group. bfloat16 holds T · 2^E for
+    every E in [-126, 127], so the operand is the weight itself; float16 does not, so there the operand is 2T, and
+    2^(E - 1) multiplies the float32 sum of its group.
+
+    TMA fills what lies beyond M and N with zeros and drops it on the way back. Where the rows of a tensor are no
+    multiple of 16 bytes (T_packed if K is no multiple of 64, y if N is no multiple of 8), and for the 8-byte groups of
+    g = 32, TileLang copies with ordinary, predicated loads and stores instead.
+
+    Args:
+        N: out_features.
+        K: in_features, a multiple of g.
+        g: weights a scale group, one of 32, 64, 128 and 256.
+        dtype: of x and y.
+        has_bias: whether the program takes bias and bias_exponent, after E.
+        tile: how the work is shared out.
+
+    Returns:
+        A TileLang prim_func of x [M, K], T_packed uint8 [N, K / 4], E int8 [N, K / g], bias int32 [N] and bias_exponent
+        int8 [1] if there is a bias, and y [M, N], which it writes.
+    """
+    M = T.dynamic("M")
+    BLOCK_M, BLOCK_N, split = tile.BLOCK_M, tile.BLOCK_N, tile.split
+    bytes_per_group = g // 4
+    pairs = max(1, g // 32)
+    steps = K // g // split
+    scaled = dtype == "bfloat16"
+    decode_weight = f"ternarize::decode_weight<{g}, {str(scaled).lower()}>"
+
+    @T.macro
+    def block(x, T_packed, E, bias, bias_exponent, y):
+        with T.Kernel(
+            split * T.ceildiv(N, BLOCK_N), T.ceildiv(M, BLOCK_M), threads=2 * BLOCK_N, cluster_dims=split
+        ) as (block_n, block_m):
+            T.import_source(SOURCE)
+            rank = block_n % split
+            n0, m0 = block_n // split * BLOCK_N, block_m * BLOCK_M
+            s_x = T.alloc_shared((BLOCK_M, g), dtype)
+            s_packed = T.alloc_shared((BLOCK_N, bytes_per_group), T.uint8)
+            packed = T.alloc_local((2, pairs, 2), T.uint8)
+            weight = T.alloc_fragment((BLOCK_N, g), dtype)
+            accumulator = T.alloc_fragment((BLOCK_N, BLOCK_M), T.float32)
+            if not scaled:
+                group_sum = T.alloc_fragment((BLOCK_N, BLOCK_M), T.float32)
+                scale = T.alloc_fragment((BLOCK_N,), T.float32)
+            if has_bias:
+                b = T.alloc_fragment((BLOCK_N,), T.float32)
+            # The registers of wgmma's operand A: a warp has 16 rows, a quad of its lanes 2 of them.
+            T.annotate_layout(
+                {
+                    weight: T.Fragment(
+                        (BLOCK_N, g),
+                        forward_thread_fn=lambda n, k: n // 16 * 32 + n % 8 * 4 + k % 8 // 2,
+                        forward_index_fn=lambda n, k: k // 16 * 8 + k % 16 // 8 * 4 + n % 16 // 8 * 2 + k % 2,
+                    )
+                }
+            )
+            thread = T.get_thread_binding()
+            row = thread // 32 * 16 + thread % 32 // 4
+            pair = thread % 4 * 2
+
+            T.clear(accumulator)
+            for step in T.Pipelined(steps, num_stages=tile.stages):
+                k = rank * steps + step
+                T.copy(x[m0, k * g], s_x)
+                T.copy(T_packed[n0, k * bytes_per_group], s_packed)
+                for half, i in T.grid(2, pairs):
+                    for byte in T.vectorized(2):
+                        packed[half, i, byte] = s_packed[row + 8 * half, 8 * i + pair + byte]
+                T.call_extern(
+                    "handle",
+                    decode_weight,
+                    T.access_ptr(packed, "r"),
+                    T.access_ptr(weight, "w"),
+                    T.call_extern("int32", "ternarize::half_scale_bits", T.cast(E[n0 + row, k], T.int32)),
+                    T.call_extern("int32", "ternarize::half_scale_bits", T.cast(E[n0 + row + 8, k], T.int32)),
+                )
+                if scaled:
+                    T.gemm(weight, s_x, accumulator, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
+                else:
+                    T.gemm(weight, s_x, group_sum, transpose_B=True, policy=T.GemmWarpPolicy.FullRow, clear_accum=True)
+                    for n in T.Parallel(BLOCK_N):
+                        scale[n] = _exp2(E[n0 + n, k]) * 0.5
+                    for n, m in T.Parallel(BLOCK_N, BLOCK_M):
+                        accumulator[n, m] += group_sum[n, m] * scale[n]
+
+            if has_bias:
+                for n in T.Parallel(BLOCK_N):
+                    # bias_exponent reaches -128, where 2^bias_exponent is subnormal: two normal factors instead.
+                    half = T.cast(bias_exponent[0], T.int32) >> 1
+                    b[n] = T.cast(bias[n0 + n], T.float32) * _exp2(half) * _exp2(bias_exponent[0] - half)
+                for n, m in T.Parallel(BLOCK_N, BLOCK_M):
+                    accumulator[n, m] += T.if_then_else(rank == 0, b[n], 0.0)
+            if split == 1:
+                s_y = T.alloc_shared((BLOCK_M, BLOCK_N), dtype)
+                for n, m in T.Parallel(BLOCK_N, BLOCK_M):
+                    s_y[m, n] = accumulator[n, m]
+                T.copy(s_y, y[m0, n0])
+            else:
+                s_part = T.alloc_shared((BLOCK_M, BLOCK_N), T.float32)
+                for n, m in T.Parallel(BLOCK_N, BLOCK_M):
+                    s_part[m, n] = accumulator[n, m]
+                T.call_extern("handle", "ternarize::cluster_barrier")
+                for i, n in T.Parallel(BLOCK_M // split, BLOCK_N):
+                    m = rank * (BLOCK_M // split) + i
+                    y[m0 + m, n0 + n] = T.call_extern(
+                        "float32", f"ternarize::cluster_sum<{split}>", T.address_of(s_part[m, n])
+                    )
+                # No block may leave while another reads its shared memory.
+                T.call_extern("handle", "ternarize::cluster_barrier")
+
+    if has_bias:
+
+        @T.prim_func
+        def ternary_linear(
+            x: T.Tensor((M, K), dtype),
+            T_packed: T.Tensor((N, K // 4), T.uint8),
+            E: T.Tensor((N, K // g), T.int8),
+            bias: T.Tensor((N,), T.int32),
+            bias_exponent: T.Tensor((1,), T.int8),
+            y: T.Tensor((M, N), dtype),
+        ):
+            block(x, T_packed, E, bias, bias_exponent, y)
+
+    else:
+
+        @T.prim_func
+        def ternary_linear(
+            x: T.Tensor((M, K), dtype),
+            T_packed: T.Tensor((N, K // 4), T.uint8),
+            E: T.Tensor((N, K // g), T.int8),
+            y: T.Tensor((M, N), dtype),
+        ):
+            block(x, T_packed, E, None, None, y)
+
+    return ternary_linear

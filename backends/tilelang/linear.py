@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -9,52 +10,102 @@ import tilelang
 import torch
 from torch import Tensor
 
-from ternarize.backends.tilelang.linear_kernel import TARGET, linear_program
+from ternarize.backends.tilelang.linear_decode import GROUP, DecodeTile, decode_program
+from ternarize.backends.tilelang.linear_kernel import TARGET, Tile, linear_program
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tile:
-    """Shape of the part of y that one block computes, and how far it loads ahead."""
-
-    BLOCK_M: int
-    """Tokens."""
-    BLOCK_N: int
-    """Outputs: 64 for each warpgroup."""
-    stages: int
-    """Steps along K, of one scale group each, that are in flight."""
-
-
-#: A few tokens: y is narrow, reading the weight is all the time, so many loads in flight.
-_NARROW = Tile(BLOCK_M=16, BLOCK_N=64, stages=6)
-_MIDDLE = Tile(BLOCK_M=64, BLOCK_N=64, stages=4)
-#: The tensor cores are all the time. With groups of 256 its stages fill 216 of the 227 KiB of shared memory.
-_WIDE = Tile(BLOCK_M=128, BLOCK_N=128, stages=3)
-
-TILES = (_NARROW, _MIDDLE, _WIDE)
+Dtype = Literal["bfloat16", "float16"]
 
 #: Streaming multiprocessors of the H100 SXM and the H200.
 _MULTIPROCESSORS = 132
 
+#: A few tokens: y is narrow, reading the weight is all the time, so many loads in flight.
+_NARROW = Tile(BLOCK_M=16, BLOCK_N=64, stages=6, blocks_per_multiprocessor=2)
+_MIDDLE = Tile(BLOCK_M=64, BLOCK_N=64, stages=4, blocks_per_multiprocessor=2)
+#: The tensor cores are all the time. With groups of 256 its stages fill 216 of the 227 KiB of shared memory.
+_WIDE = Tile(BLOCK_M=128, BLOCK_N=128, stages=3)
+#: The fastest where it fits: bfloat16, whose sums need no second set of registers, and groups up to 128.
+_WIDEST = Tile(BLOCK_M=256, BLOCK_N=128, stages=2)
 
-def choose_tile(M: int, N: int) -> Tile:
-    """The largest tile that M tokens fill and whose blocks are enough for every multiprocessor."""
-    wide_blocks = -(-M // _WIDE.BLOCK_M) * -(-N // _WIDE.BLOCK_N)
-    if M > _MIDDLE.BLOCK_M and wide_blocks >= _MULTIPROCESSORS:
-        return _WIDE
-    return _MIDDLE if M > _NARROW.BLOCK_M else _NARROW
+TILES = (_NARROW, _MIDDLE, _WIDE, _WIDEST)
+
+#: Most shared memory with which two blocks fit a multiprocessor: 228 KiB less 1 KiB a block for the system.
+_HALF_SHARED_BYTES = 113 * 1024
+
+
+def choose_tile(M: int, N: int, K: int, g: int, dtype: Dtype) -> Tile | DecodeTile:
+    """How a call shares out its work: which of the two kernels, and its sizes.
+
+    Up to 16 tokens of bfloat16 and groups of 128 go to linear_decode.cuh, if the layer is large enough for it. All else
+    takes the largest tile of wgmma that M tokens fill and whose blocks keep nine in ten multiprocessors busy. A layer
+    too small for that also splits K, in two, four or eight, as long as the blocks run all at once.
+    """
+    if dtype == "bfloat16" and g == GROUP and M <= 16:
+        decode = choose_decode_tile(M, N, K)
+        if decode is not None:
+            return decode
+    tiles = [tile for tile in TILES if tile is not _WIDEST or (dtype == "bfloat16" and g <= 128)]
+    filled = [tile for smaller, tile in itertools.pairwise(tiles) if M > smaller.BLOCK_M]
+    enough = [tile for tile in filled if _blocks(tile, M, N) >= 0.9 * _MULTIPROCESSORS]
+    tile = enough[-1] if enough else filled[0] if filled else _NARROW
+    if g > 128:
+        # Stages of twice the size leave no room for a second block.
+        tile = dataclasses.replace(tile, blocks_per_multiprocessor=1)
+    room = tile.blocks_per_multiprocessor * _MULTIPROCESSORS // _blocks(tile, M, N)
+    split = max(split for split in (1, 2, 4, 8) if split <= max(1, room) and K // g % split == 0)
+    return dataclasses.replace(tile, split=split)
+
+
+def _blocks(tile: Tile, M: int, N: int) -> int:
+    return -(-M // tile.BLOCK_M) * -(-N // tile.BLOCK_N)
+
+
+def choose_decode_tile(M: int, N: int, K: int) -> DecodeTile | None:
+    """The sizes of linear_decode.cuh for up to 16 tokens, or None where it does not fit.
+
+    Two blocks of eight warps fill a multiprocessor, and a warp loads 2 KiB of weights at once. K is split over the
+    blocks of a cluster, so that each holds its part of x, and over as many warps as have no row block of their own.
+    """
+    groups = K // GROUP
+    step = 2 if groups % 2 == 0 else 1
+    steps = groups // step
+    # Sixteen tokens take the registers of the third and fourth.
+    tiles = 4 if step == 1 and M <= 8 else 2
+    if 16 * tiles > N:
+        return None
+    row_blocks = -(-N // (16 * tiles))
+    for cluster in (4, 8, 2, 1):
+        clusters = min(row_blocks, 2 * _MULTIPROCESSORS // cluster)
+        blocks = -(-row_blocks // clusters)
+        splits = [k_warps for k_warps in (1, 2, 4, 8) if cluster * k_warps <= steps]
+        if not splits:
+            continue
+        tile = DecodeTile(
+            TOKENS=8 if M <= 8 else 16,
+            TILES=tiles,
+            STEP=step,
+            WARPS=8,
+            K_WARPS=next((k_warps for k_warps in splits if 8 // k_warps <= blocks), splits[-1]),
+            CLUSTER=cluster,
+            CLUSTERS=clusters,
+            blocks_per_multiprocessor=2,
+        )
+        if tile.shared_bytes(N, K) <= _HALF_SHARED_BYTES:
+            return tile
+    return None
 
 
 @functools.cache
-def _compiled(
-    N: int, K: int, g: int, dtype: Literal["bfloat16", "float16"], has_bias: bool, tile: Tile
-) -> Callable[..., None]:
+def _compiled(N: int, K: int, g: int, dtype: Dtype, has_bias: bool, tile: Tile | DecodeTile) -> Callable[..., None]:
     """The kernel for one layer shape, built once a process; TileLang keeps compiled kernels on disk between them."""
-    program = linear_program(N, K, g, dtype, has_bias=has_bias, **dataclasses.asdict(tile))
+    if isinstance(tile, DecodeTile):
+        program = decode_program(N, K, has_bias=has_bias, tile=tile)
+    else:
+        program = linear_program(N, K, g, dtype, has_bias=has_bias, tile=tile)
     kernel: Callable[..., None] = tilelang.compile(program, target=TARGET)
     return kernel
 
 
-def _readable_by_tma(tensor: Tensor) -> Tensor:
+def _aligned(tensor: Tensor) -> Tensor:
     """The tensor, contiguous and at an address that is a multiple of 16 bytes: a copy if it is not."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
@@ -75,19 +126,20 @@ def linear(
     """
     K = x.shape[-1]
     g = group_size if group_size > 0 else K
-    rows = _readable_by_tma(x).view(-1, K)
+    rows = _aligned(x).view(-1, K)
+    M = rows.shape[0]
     outputs = [x.new_empty((*x.shape[:-1], packed.shape[0])) for packed in T_packed]
-    if rows.shape[0] == 0:
+    if M == 0:
         return outputs
-    dtype: Literal["bfloat16", "float16"] = "bfloat16" if x.dtype == torch.bfloat16 else "float16"
+    dtype: Dtype = "bfloat16" if x.dtype == torch.bfloat16 else "float16"
     # TileLang makes the device of its arguments the current one, and leaves it so.
     with torch.cuda.device(x.device):
         for i, y in enumerate(outputs):
-            arguments: list[Any] = [rows, _readable_by_tma(T_packed[i]), E[i].contiguous()]
+            arguments: list[Any] = [rows, _aligned(T_packed[i]), _aligned(E[i])]
             b, exponent = bias[i], bias_exponent[i]
             if b is not None and exponent is not None:
                 arguments += [b, exponent]
             N = y.shape[-1]
-            kernel = _compiled(N, K, g, dtype, b is not None, choose_tile(rows.shape[0], N))
+            kernel = _compiled(N, K, g, dtype, b is not None, choose_tile(M, N, K, g, dtype))
             kernel(*arguments, y.view(-1, N))
     return outputs

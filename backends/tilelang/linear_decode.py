@@ -85,7 +85,7 @@ def decode_program(N: int, K: int, *, has_bias: bool, tile: DecodeTile) -> Any:
                 M,
                 *((T.access_ptr(bias[0], "r"), T.access_ptr(bias_exponent[0], "r")) if has_bias else ()),
             )
-            # The function has waited already; that TileLang sees a wait is what makes it launch the kernel as dependent.
+            # The function has waited already: what TileLang launches as dependent is a kernel in which it sees a wait.
             T.pdl_sync()
 
     if has_bias:

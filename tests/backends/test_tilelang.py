@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -104,54 +105,76 @@ def kernel_module() -> Any:
     return linear_kernel
 
 
-def _constant(expression: Any) -> int:
-    from tilelang import tvm
-
-    return int(tvm.arith.Analyzer().simplify(expression).value)
-
-
-def _bf16(bits: int) -> Tensor:
-    return torch.tensor(bits, dtype=torch.uint16).view(torch.bfloat16)
+def _number(register: Tensor) -> Tensor:
+    """The two bfloat16 of each int64 that holds 32 bits, as [..., 2] float32: the low half first."""
+    halves = torch.stack([register & 0xFFFF, register >> 16 & 0xFFFF], -1)
+    return (halves << 16).to(torch.int32).view(torch.float32)
 
 
-@pytest.mark.parametrize("E", [-126, -1, 0, 127])
-def test_decoded_bits_are_the_weight(kernel_module: Any, E: int) -> None:
-    import tilelang.language as T
-
-    one = kernel_module.scale_bits(T.int8(E))
-    scale = exp2_exact(torch.tensor(E))
-    assert _bf16(_constant(one)) == scale
-    for T_0 in (-1, 0, 1):
-        for p in range(4):
-            trits = torch.tensor([1, -1, 0, 1], dtype=torch.int8)
-            trits[p] = T_0
-            packed = int(pack(trits[None], 4))
-            bits = _constant(kernel_module.trit_bits(T.uint8(packed), p, one))
-            assert _bf16(bits).float() == scale * unpack(torch.tensor([[packed]], dtype=torch.uint8), 4, 4)[0, p]
+def _random_group(g: int) -> tuple[Tensor, Tensor]:
+    """A row of one group: its packed bytes as int64 [g / 4], and twice its trits as float32 [g]."""
+    packed = pack(torch.randint(-1, 2, (1, g), dtype=torch.int8), g)
+    return packed[0].long(), 2.0 * unpack(packed, g, g)[0]
 
 
-#: N, K, g, dtype, has_bias, tile, whether the packed trits come by TMA.
-PROGRAMS: list[tuple[int, int, int, Dtype, bool, int, bool]] = [
-    (4096, 4096, 128, "bfloat16", True, 2, True),
-    (4096, 4096, 256, "float16", False, 2, True),
-    (333, 576, 64, "bfloat16", False, 1, True),
+def test_packed_bytes_are_the_fragments_that_the_decode_kernel_takes_them_for() -> None:
+    packed, twice = _random_group(128)
+    places = torch.arange(4)
+    for quad_lane in range(4):
+        first = 8 * quad_lane
+        words = [int((packed[first + i : first + i + 4] << 8 * places).sum()) for i in (0, 4)]
+        for plane in range(4):
+            for b in range(2):
+                for i, word in enumerate(words):
+                    register = torch.tensor((word << (14 - 8 * b - 2 * plane)) & 0xC000C000)
+                    byte = first + 4 * i + b
+                    assert _number(register).tolist() == [twice[32 * plane + byte], twice[32 * plane + byte + 2]]
+
+
+@pytest.mark.parametrize("g", [32, 64, 128, 256])
+def test_packed_bytes_are_the_operand_that_the_wgmma_kernel_takes_them_for(g: int) -> None:
+    packed, twice = _random_group(g)
+    # Of the 16 columns of a wgmma, a thread has the pairs from 2q and 2q + 8.
+    for q in range(4):
+        expected = twice.view(g // 16, 2, 4, 2)[:, :, q].reshape(-1, 2)
+        pairs = packed.view(-1, 8)[:, 2 * q : 2 * q + 2]
+        if g == 32:
+            word = pairs[0, 0] << 8 | pairs[0, 1] << 24
+            registers = torch.stack([word << (6 - 2 * plane) for plane in range(4)])
+        else:
+            low, high = pairs[0::2], pairs[1::2]
+            word = high[:, 0] | low[:, 0] << 8 | high[:, 1] << 16 | low[:, 1] << 24
+            planes = [torch.stack([word << (6 - 2 * plane), word << (14 - 2 * plane)], -1) for plane in range(4)]
+            registers = torch.stack(planes)
+        assert torch.equal(_number(registers.flatten() & 0xC000C000), expected)
+
+
+@pytest.mark.parametrize("E", [-126, -125, -1, 0, 127])
+def test_the_scale_takes_back_the_two_of_the_decoded_trit(E: int) -> None:
+    # The exponent field of 2^(E - 1), or at the lower end the subnormal 2^-127.
+    bits = max((E + 126) << 7, 0x40)
+    assert 2 * torch.tensor(bits, dtype=torch.uint16).view(torch.bfloat16).float() == exp2_exact(torch.tensor(E))
+
+
+#: N, K, g, dtype, has_bias, tile, blocks that split K, whether the packed trits come by TMA.
+PROGRAMS: list[tuple[int, int, int, Dtype, bool, int, int, bool]] = [
+    (4096, 4096, 128, "bfloat16", True, 3, 1, True),
+    (4096, 4096, 256, "float16", False, 2, 1, True),
+    (333, 1536, 64, "bfloat16", False, 1, 4, True),
     # Rows of 24 bytes, which TMA cannot read.
-    (77, 96, 32, "float16", True, 0, False),
+    (77, 96, 32, "float16", True, 0, 1, False),
 ]
 
 
-def _lower(kernel_module: Any, N: int, K: int, g: int, dtype: Dtype, has_bias: bool, tile: int) -> str:
+def _lower(program: Any) -> str:
     import tilelang
 
-    from ternarize.backends.tilelang.linear import TILES
-
-    program = kernel_module.linear_program(N, K, g, dtype, has_bias=has_bias, **dataclasses.asdict(TILES[tile]))
-    target = tilelang.tvm.target.Target(kernel_module.TARGET)
+    target = tilelang.tvm.target.Target({"kind": "cuda", "arch": "sm_90a"})
     with target:
         return str(tilelang.lower(program, target=target).kernel_source)
 
 
-@pytest.mark.parametrize(("N", "K", "g", "dtype", "has_bias", "tile", "packed_by_tma"), PROGRAMS)
+@pytest.mark.parametrize(("N", "K", "g", "dtype", "has_bias", "tile", "split", "packed_by_tma"), PROGRAMS)
 def test_the_kernel_decodes_into_the_registers_of_wgmma_and_compiles(
     kernel_module: Any,
     tmp_path: Path,
@@ -161,16 +184,44 @@ def test_the_kernel_decodes_into_the_registers_of_wgmma_and_compiles(
     dtype: Dtype,
     has_bias: bool,
     tile: int,
+    split: int,
     packed_by_tma: bool,
 ) -> None:
-    source = _lower(kernel_module, N, K, g, dtype, has_bias, tile)
+    from ternarize.backends.tilelang.linear import TILES
+
+    sizes = dataclasses.replace(TILES[tile], split=split)
+    source = _lower(kernel_module.linear_program(N, K, g, dtype, has_bias=has_bias, tile=sizes))
     assert "wgmma_rs<" in source
     assert "tma_load(x_desc" in source
     assert ("tma_load(T_packed_desc" in source) == packed_by_tma
     assert ("bias_exponent" in source) == has_bias
+    assert (f"cluster_sum<{split}>(" in source) == (split > 1)
+    _assert_compiles(source, tmp_path)
+
+
+@pytest.mark.parametrize(("M", "N", "K", "has_bias"), [(1, 4096, 4096, False), (16, 333, 1152, True)])
+def test_the_decode_kernel_gets_its_arguments_in_order_and_compiles(
+    kernel_module: Any, tmp_path: Path, M: int, N: int, K: int, has_bias: bool
+) -> None:
+    from ternarize.backends.tilelang.linear import choose_decode_tile
+    from ternarize.backends.tilelang.linear_decode import decode_program
+
+    tile = choose_decode_tile(M, N, K)
+    assert tile is not None
+    source = _lower(decode_program(N, K, has_bias=has_bias, tile=tile))
+    call = source[source.rindex("ternarize::linear_decode<") :].split(";")[0]
+    pointers = [name.strip("&()") for name in re.findall(r"&\(\w+", call)]
+    assert pointers == ["x", "T_packed", "E", "y", "shared"] + ["bias", "bias_exponent"] * has_bias
+    assert f"__launch_bounds__({32 * tile.WARPS}, 2)" in source
+    assert "cudaGridDependencySynchronize" in source
+    _assert_compiles(source, tmp_path)
+
+
+def _assert_compiles(source: str, folder: Path) -> None:
+    """Without spills, and without a complaint of ptxas."""
     if shutil.which("nvcc") is None:
         pytest.skip("lowered; no nvcc on PATH to compile it with")
-    report = _compile(source, tmp_path)
+    report = _compile(source, folder)
     assert "0 bytes spill stores, 0 bytes spill loads" in report
     # ptxas says so when it has to wait after every wgmma (C7510, C7511) or ignores setmaxnreg (C7508).
     assert "C75" not in report
@@ -193,12 +244,50 @@ def _compile(source: str, folder: Path) -> str:
 def test_the_tile_grows_with_the_work() -> None:
     from ternarize.backends.tilelang.linear import TILES, choose_tile
 
-    narrow, middle, wide = TILES
-    assert choose_tile(1, 28672) == choose_tile(16, 28672) == narrow
-    assert choose_tile(17, 28672) == choose_tile(64, 28672) == middle
-    # 128 x 128 tiles of a 1024 x 1024 output are 64 blocks, fewer than there are multiprocessors.
-    assert choose_tile(1024, 1024) == middle
-    assert choose_tile(8192, 4096) == wide
+    narrow, middle, wide, widest = TILES
+    assert choose_tile(16, 28672, 4096, 128, "float16") == narrow
+    assert choose_tile(64, 28672, 4096, 128, "bfloat16") == middle
+    assert choose_tile(300, 14336, 4096, 128, "bfloat16") == widest
+    # No room for the sums of 256 tokens twice, or for stages of 256 x 256.
+    assert choose_tile(8192, 4096, 4096, 128, "float16") == wide
+    assert choose_tile(8192, 4096, 4096, 256, "bfloat16") == wide
+
+
+def test_k_is_split_when_the_blocks_are_too_few() -> None:
+    from ternarize.backends.tilelang.linear import choose_tile
+    from ternarize.backends.tilelang.linear_kernel import Tile
+
+    for N, K, split in ((4096, 4096, 4), (8192, 4096, 2), (14336, 4096, 1), (4096, 128, 1)):
+        tile = choose_tile(64, N, K, 128, "bfloat16")
+        assert isinstance(tile, Tile)
+        assert tile.split == split
+
+
+def test_few_tokens_decode() -> None:
+    from ternarize.backends.tilelang.linear import choose_decode_tile, choose_tile
+    from ternarize.backends.tilelang.linear_decode import DecodeTile
+
+    assert isinstance(choose_tile(16, 4096, 4096, 128, "bfloat16"), DecodeTile)
+    for M, dtype, g in ((17, "bfloat16", 128), (1, "float16", 128), (1, "bfloat16", 64)):
+        assert not isinstance(choose_tile(M, 4096, 4096, g, dtype), DecodeTile)  # type: ignore[arg-type]
+    # Fewer rows than a row block, and an x that does not fit the shared memory of a cluster.
+    assert choose_decode_tile(1, 16, 4096) is None
+    assert choose_decode_tile(16, 4096, 2**16) is None
+
+
+@pytest.mark.parametrize(("N", "K"), [(4096, 4096), (8192, 28672), (333, 128), (1000, 1152), (1536, 8960)])
+@pytest.mark.parametrize("M", [1, 16])
+def test_every_decode_warp_has_work(M: int, N: int, K: int) -> None:
+    from ternarize.backends.tilelang.linear import choose_decode_tile
+
+    tile = choose_decode_tile(M, N, K)
+    if tile is None:
+        return
+    steps = K // 128 // tile.STEP
+    assert K // 128 % tile.STEP == 0
+    assert steps >= tile.CLUSTER * tile.K_WARPS
+    assert tile.row_blocks(N) >= tile.CLUSTERS
+    assert tile.shared_bytes(N, K) <= 113 * 1024
 
 
 # What it computes, on a Hopper GPU.
@@ -333,6 +422,48 @@ def test_linear_takes_any_leading_dimensions_strides_and_alignment(dtype: torch.
         _x(6 * K + 1, dtype=dtype)[1:].view(6, K),
     ):
         _assert_right(_run(x, layer)[0], x, layer)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [1, 5, 8, 9, 16])
+@pytest.mark.parametrize(("N", "K"), [(4096, 4096), (64, 128), (333, 1152), (1000, 14336), (8192, 1536)])
+def test_decoding_equals_float64_and_itself(M: int, N: int, K: int) -> None:
+    torch.manual_seed(0)
+    layer = Layer.random(N, K, 128, bias_exponent=-31 if N % 2 else None)
+    x = _x(M, K, dtype=torch.bfloat16)
+    y = _run(x, layer)[0]
+    _assert_right(y, x, layer)
+    # The parts of K are summed in one order, whichever warp is first.
+    assert all(torch.equal(_run(x, layer)[0], y) for _ in range(3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [2, 40, 300])
+def test_groups_of_128_hold_over_the_whole_range_of_exponents(M: int) -> None:
+    torch.manual_seed(0)
+    K, g, N = 4096, 128, 130
+    E = torch.linspace(-126, 127, K // g).round().int()
+    # Up to 2^115: the decode kernel sums twice a group of x before it scales the sum.
+    x = torch.randn(M, K, device="cuda") * exp2_exact(-E.clamp(-115, 124)).cuda().repeat_interleave(g)
+    layer = Layer.random(N, K, g, E=(E + torch.randint(-1, 2, (N, K // g))).clamp(-126, 127))
+    _assert_right(_run(x.bfloat16(), layer)[0], x.bfloat16(), layer)
+
+
+@pytest.mark.gpu
+@both_dtypes
+@pytest.mark.parametrize("split", [2, 4, 8])
+@pytest.mark.parametrize("M", [13, 64, 130])
+def test_split_k_equals_float64(dtype: torch.dtype, split: int, M: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ternarize.backends.tilelang import linear as module
+
+    def split_tile(*_: object) -> Any:
+        return dataclasses.replace(module.TILES[1 if M <= 64 else 2], split=split)
+
+    monkeypatch.setattr(module, "choose_tile", split_tile)
+    torch.manual_seed(0)
+    layer = Layer.random(333, 2048, 128, bias_exponent=-31)
+    x = _x(M, 2048, dtype=dtype)
+    _assert_right(_run(x, layer)[0], x, layer)
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ import tilelang.language as T
 #: What TileLang compiles for. wgmma needs the "a" of sm_90a.
 TARGET = {"kind": "cuda", "arch": "sm_90a"}
 
-SOURCE = Path(__file__).with_name("wgmma_weight.cuh").read_text()
+SOURCE = Path(__file__).with_name("linear_kernel.cuh").read_text()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,8 @@ class Tile:
     """Steps along K, of one scale group each, that are in flight."""
     split: int = 1
     """Blocks of the cluster, among which K is split: a divisor of the groups a row and of BLOCK_M."""
+    blocks_per_multiprocessor: int = 1
+    """Blocks that fit a multiprocessor at a time: what bounds the registers of a thread."""
 
 
 def _exp2(exponent: Any) -> Any:
@@ -45,8 +47,8 @@ def linear_program(
     """The program for layers of one shape and any number of tokens.
 
     It computes yᵀ = W · xᵀ: the trits are decoded in registers, straight into the A operand of wgmma, so no decoded
-    weight is ever written to memory (wgmma_weight.cuh). One step along K is one scale group. bfloat16 holds T · 2^E for
-    every E in [-126, 127], so the operand is the weight itself; float16 does not, so there the operand is 2T, and
+    weight is ever written to memory (linear_kernel.cuh). One step along K is one scale group. bfloat16 holds T · 2^E
+    for every E in [-126, 127], so the operand is the weight itself; float16 does not, so there the operand is 2T, and
     2^(E - 1) multiplies the float32 sum of its group.
 
     TMA fills what lies beyond M and N with zeros and drops it on the way back. Where the rows of a tensor are no
@@ -79,6 +81,10 @@ def linear_program(
             split * T.ceildiv(N, BLOCK_N), T.ceildiv(M, BLOCK_M), threads=2 * BLOCK_N, cluster_dims=split
         ) as (block_n, block_m):
             T.import_source(SOURCE)
+            T.annotate_min_blocks_per_sm(tile.blocks_per_multiprocessor)
+            if tile.blocks_per_multiprocessor > 1:
+                # Moving registers to the warpgroups that compute takes more of them than the blocks' share.
+                T.no_set_max_nreg()
             rank = block_n % split
             n0, m0 = block_n // split * BLOCK_N, block_m * BLOCK_M
             s_x = T.alloc_shared((BLOCK_M, g), dtype)

@@ -61,7 +61,11 @@ __device__ __forceinline__ void store_to_rank(float* variable, int rank, float v
   asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
 
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// The first says only that the block runs, so that others may write to its shared memory: nothing to release.
+__device__ __forceinline__ void cluster_started() { asm volatile("barrier.cluster.arrive.relaxed.aligned;"); }
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // Programmatic dependent launch; no effect if the launch does not ask for it.
@@ -115,7 +119,7 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* T_packe
   const int groups = (rank + 1) * K_WARPS * STEPS / PARTS * STEP - first_group;
 
   let_next_kernel_start();
-  if (CLUSTER > 1) cluster_arrive();
+  if (CLUSTER > 1) cluster_started();
 
   // What a warp loads at once: [tile][row, row + 8][group].
   struct Weights {
@@ -129,8 +133,9 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* T_packe
     // The last row block ends with the last row: it may compute rows of the one before it a second time.
     const int n0 = min((first_block + load_block) * ROWS, N - ROWS) + row_in_tile;
     const int group = (first_step + load_step) * STEP;
-    const uint8_t* packed = static_cast<const uint8_t*>(T_packed) + (static_cast<int64_t>(n0) * GROUPS + group) * GROUP_BYTES;
-    const int8_t* exponents = static_cast<const int8_t*>(E) + static_cast<int64_t>(n0) * GROUPS + group;
+    const int64_t first = static_cast<int64_t>(n0) * GROUPS + group;
+    const uint8_t* packed = static_cast<const uint8_t*>(T_packed) + first * GROUP_BYTES + quad_lane * 8;
+    const int8_t* exponents = static_cast<const int8_t*>(E) + first;
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
@@ -138,7 +143,7 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* T_packe
         const int row = tile * 16 + half * 8;
 #pragma unroll
         for (int g = 0; g < STEP; ++g)
-          weights.words[tile][half][g] = load_once(packed + (row * GROUPS + g) * GROUP_BYTES + quad_lane * 8);
+          weights.words[tile][half][g] = load_once(packed + (row * GROUPS + g) * GROUP_BYTES);
         const int8_t* e = exponents + row * GROUPS;
         if (STEP == 4) weights.exponents[tile][half] = __ldg(reinterpret_cast<const uint32_t*>(e));
         if (STEP == 2) weights.exponents[tile][half] = __ldg(reinterpret_cast<const uint16_t*>(e));
@@ -155,15 +160,15 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* T_packe
   if (load_block < blocks) load(weights);
   wait_for_previous_kernel();
 
-  // This block's part of x, in the order of the fragments: 16 bytes for each [group][plane][token][lane of a quad],
-  // of the eight k of that lane, even ones (b = 0) first.
+  // This block's part of x, in the order of the fragments: 16 bytes for each [group][plane][TOKENS][lane of a quad],
+  // the eight k of that lane, even ones (b = 0) first.
   uint4* const s_x = static_cast<uint4*>(shared);
   for (int i = threadIdx.x; i < groups * 16 * M; i += WARPS * 32) {
     const int q = i % 4, m = i / 4 % M, plane = i / 4 / M;
     const uint4 v = load_activations(static_cast<const __nv_bfloat16*>(x) + static_cast<int64_t>(m) * K +
                                      first_group * GROUP + plane * 32 + q * 8);
-    s_x[i] = make_uint4(__byte_perm(v.x, v.y, 0x5410), __byte_perm(v.z, v.w, 0x5410),
-                        __byte_perm(v.x, v.y, 0x7632), __byte_perm(v.z, v.w, 0x7632));
+    s_x[(plane * TOKENS + m) * 4 + q] = make_uint4(__byte_perm(v.x, v.y, 0x5410), __byte_perm(v.z, v.w, 0x5410),
+                                                   __byte_perm(v.x, v.y, 0x7632), __byte_perm(v.z, v.w, 0x7632));
   }
   if (CLUSTER > 1) cluster_wait();
   __syncthreads();
@@ -185,13 +190,13 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* T_packe
       if (load_block < blocks) load(next);
 #pragma unroll
       for (int g = 0; g < STEP; ++g) {
-        const uint4* const x_group = s_x + (part_group + step * STEP + g) * 16 * M + quad_lane;
+        const uint4* const x_group = s_x + (part_group + step * STEP + g) * 16 * TOKENS + quad_lane;
         float group_sum[TILES][TOKEN_TILES][4] = {};
 #pragma unroll
         for (int plane = 0; plane < 4; ++plane) {
           uint4 x_fragment[TOKEN_TILES];
 #pragma unroll
-          for (int t = 0; t < TOKEN_TILES; ++t) x_fragment[t] = x_group[(plane * M + token[t]) * 4];
+          for (int t = 0; t < TOKEN_TILES; ++t) x_fragment[t] = x_group[(plane * TOKENS + token[t]) * 4];
 #pragma unroll
           for (int b = 0; b < 2; ++b)
 #pragma unroll
@@ -201,8 +206,10 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* T_packe
               const uint32_t a[4] = {(w.x << shift) & 0xC000C000u, (w8.x << shift) & 0xC000C000u,
                                      (w.y << shift) & 0xC000C000u, (w8.y << shift) & 0xC000C000u};
 #pragma unroll
-              for (int t = 0; t < TOKEN_TILES; ++t)
-                mma(group_sum[tile][t], a, b ? x_fragment[t].z : x_fragment[t].x, b ? x_fragment[t].w : x_fragment[t].y);
+              for (int t = 0; t < TOKEN_TILES; ++t) {
+                const uint4 v = x_fragment[t];
+                mma(group_sum[tile][t], a, b ? v.z : v.x, b ? v.w : v.y);
+              }
             }
         }
 #pragma unroll

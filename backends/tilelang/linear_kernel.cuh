@@ -1,5 +1,5 @@
-// Parts of linear_kernel.py that are shorter in CUDA: packed trits to the register operand of wgmma, and the sum over a
-// thread block cluster. Letters and packed layout as in ternarize/packing.py.
+// Parts of linear_kernel.py that are shorter in CUDA: packed trits to the register operand of wgmma, and the sum over
+// a thread block cluster. Letters and packed layout as in ternarize/packing.py.
 #include <stdint.h>
 
 namespace ternarize {
@@ -8,9 +8,9 @@ namespace ternarize {
 //
 // A thread has rows r and r + 8, and in each 16 columns of k the pairs (2q, 2q + 1) and (2q + 8, 2q + 9), q its place in
 // its quad. 16 packed bytes are four planes of 16 columns each, so it needs the byte pairs 2q and 2q + 8 of every 16
-// bytes. With their bytes dealt to the word (2q + 8, 2q, 2q + 9, 2q + 1), lowest first, the codes of a pair are 16 bits
-// apart, and the code is a number once it lies in the top two bits of a 16-bit float: 00 is 0, 01 is 0x4000 = 2.0, 11 is
-// 0xC000 = -2.0, in bfloat16 and in float16. So (word << shift) & 0xC000C000 is a register of A.
+// bytes. With their bytes dealt to the word (2q + 8, 2q, 2q + 9, 2q + 1), lowest first, the codes of a pair are 16
+// bits apart, and the code is a number once it lies in the top two bits of a 16-bit float: 00 is 0, 01 is 0x4000 = 2.0,
+// 11 is 0xC000 = -2.0, in bfloat16 and in float16. So (word << shift) & 0xC000C000 is a register of A.
 //
 // A group of 32 is 8 bytes of four planes of 8 columns: two planes make 16 columns, and the thread has one byte pair.
 //

@@ -6,8 +6,8 @@ namespace ternarize {
 
 // The operand A of wgmma.m64nNk16 for one group: 16-bit floats of 2T, or of T · 2^E.
 //
-// A thread has rows r and r + 8, and in each 16 columns of k the pairs (2q, 2q + 1) and (2q + 8, 2q + 9), q its place in
-// its quad. 16 packed bytes are four planes of 16 columns each, so it needs the byte pairs 2q and 2q + 8 of every 16
+// A thread has rows r and r + 8, and in each 16 columns of k the pairs (2q, 2q + 1) and (2q + 8, 2q + 9), q its place
+// in its quad. 16 packed bytes are four planes of 16 columns each, so it needs the byte pairs 2q and 2q + 8 of every 16
 // bytes. With their bytes dealt to the word (2q + 8, 2q, 2q + 9, 2q + 1), lowest first, the codes of a pair are 16
 // bits apart, and the code is a number once it lies in the top two bits of a 16-bit float: 00 is 0, 01 is 0x4000 = 2.0,
 // 11 is 0xC000 = -2.0, in bfloat16 and in float16. So (word << shift) & 0xC000C000 is a register of A.
@@ -19,7 +19,7 @@ namespace ternarize {
 // SCALED.
 template <int GROUP, bool SCALED>
 __device__ __forceinline__ void decode_weight(const void* packed, void* weight, int half_scale_0, int half_scale_8) {
-  constexpr int PAIRS = GROUP == 32 ? 1 : GROUP / 32;
+  constexpr int PAIRS = GROUP / 32;
   const uint16_t* const pairs = static_cast<const uint16_t*>(packed);
   uint32_t* const registers = static_cast<uint32_t*>(weight);
 #pragma unroll

@@ -70,7 +70,7 @@ def linear_program(
     M = T.dynamic("M")
     BLOCK_M, BLOCK_N, split = tile.BLOCK_M, tile.BLOCK_N, tile.split
     bytes_per_group = g // 4
-    pairs = max(1, g // 32)
+    pairs = g // 32
     steps = K // g // split
     scaled = dtype == "bfloat16"
     decode_weight = f"ternarize::decode_weight<{g}, {str(scaled).lower()}>"

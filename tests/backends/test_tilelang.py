@@ -275,18 +275,22 @@ def test_few_tokens_decode() -> None:
     assert choose_decode_tile(16, 4096, 2**16) is None
 
 
-@pytest.mark.parametrize(("N", "K"), [(4096, 4096), (8192, 28672), (333, 128), (1000, 1152), (1536, 8960)])
-@pytest.mark.parametrize("M", [1, 16])
-def test_every_decode_warp_has_work(M: int, N: int, K: int) -> None:
+@pytest.mark.parametrize(
+    ("M", "N", "K"),
+    [(1, 4096, 4096), (16, 4096, 4096), (8, 8192, 28672), (1, 333, 128), (9, 1000, 1152), (16, 1536, 8960)],
+)
+def test_a_decode_tile_shares_out_all_work_and_two_blocks_fit(M: int, N: int, K: int) -> None:
     from ternarize.backends.tilelang.linear import choose_decode_tile
 
     tile = choose_decode_tile(M, N, K)
-    if tile is None:
-        return
-    steps = K // 128 // tile.STEP
-    assert K // 128 % tile.STEP == 0
+    assert tile is not None
+    assert M <= tile.TOKENS
+    # No block, and no warp that K is split over, is without work.
+    steps, rest = divmod(K // 128, tile.STEP)
+    assert rest == 0
     assert steps >= tile.CLUSTER * tile.K_WARPS
     assert tile.row_blocks(N) >= tile.CLUSTERS
+    assert tile.WARPS % tile.K_WARPS == 0
     assert tile.shared_bytes(N, K) <= 113 * 1024
 
 

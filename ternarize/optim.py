@@ -187,7 +187,8 @@ class TernaryOptimizer(torch.optim.Optimizer):
             what = [word for bit, word in _WHAT.items() if bits & bit]
             if what:
                 phrases.append(f"{' and '.join(what)} of layer {layer.name or i!r}")
-        if findings[len(self._layers)]:
+        # A compiled graph flags the loss that it returns in the status of one of its layers.
+        if any(bits & NONFINITE_LOSS for bits in findings[: len(self._layers) + 1]):
             phrases.append("the loss")
         return phrases
 

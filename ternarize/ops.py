@@ -296,7 +296,7 @@ def _with_gradient(ctx: Any, grad_y: list[Tensor | None], state: Sequence[list[T
 
 
 def _grad_input(ctx: Any, grad_y: list[Tensor], *weights: list[Any]) -> Tensor | None:
-    if not ctx.needs_input_grad[0]:
+    if not (grad_y and ctx.needs_input_grad[0]):
         return None
     grad_x: Tensor = torch.ops.ternarize.grad_input(grad_y, *weights, ctx.in_features, ctx.group_size)
     return grad_x
@@ -333,7 +333,8 @@ def _linear_train_backward(ctx: Any, grad_y: list[Tensor | None]) -> tuple[Any, 
         )
     x, (gradients, T_packed, E, E_mantissa, *state) = _with_gradient(ctx, grad_y, ctx.state)
     grad_x = _grad_input(ctx, gradients, T_packed, E, E_mantissa)
-    torch.ops.ternarize.update_stage(gradients, x, T_packed, *state, ctx.group_size, ctx.rule)
+    if gradients:
+        torch.ops.ternarize.update_stage(gradients, x, T_packed, *state, ctx.group_size, ctx.rule)
     return grad_x, *ctx.no_gradients
 
 

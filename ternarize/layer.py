@@ -8,10 +8,9 @@ import torch._dynamo
 from torch import Tensor, nn
 
 from ternarize import guard, ops  # noqa: F401  # importing ops registers torch.ops.ternarize
-from ternarize.backends.torch.update import row_strips
 from ternarize.config import TernaryConfig
 from ternarize.errors import ConfigError, ShapeError
-from ternarize.packing import ROW, groups_per_row, pack, split_planes
+from ternarize.packing import ROW, groups_per_row, pack, row_strips, split_planes
 
 #: Parameters that only training needs: `freeze` drops them, inference checkpoints leave them out.
 TRAINING_STATE = ("T_accum", "T_momentum", "E_accum", "row_log2", "col_log2")

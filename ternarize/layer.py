@@ -8,6 +8,7 @@ import torch._dynamo
 from torch import Tensor, nn
 
 from ternarize import guard, ops  # noqa: F401  # importing ops registers torch.ops.ternarize
+from ternarize.backends.torch.update import NO_STATISTICS
 from ternarize.config import TernaryConfig
 from ternarize.errors import ConfigError, ShapeError
 from ternarize.packing import ROW, groups_per_row, pack, row_strips, split_planes
@@ -17,9 +18,6 @@ TRAINING_STATE = ("T_accum", "T_momentum", "E_accum", "row_log2", "col_log2")
 
 #: Tensors that live between a backward and the optimizer's step; no parameters, no buffers, never saved.
 STAGE = ("stage", "stage_E", "stage_row", "stage_col")
-
-#: row_log2 and col_log2 of a layer that has seen no gradient.
-NO_STATISTICS = -(2**15)
 
 
 def _integers(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None, fill: int = 0) -> nn.Parameter:

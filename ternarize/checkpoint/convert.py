@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ternarize.backends.torch.update import row_strips
 from ternarize.checkpoint.format import QUANT_METHOD, TRAINING, WEIGHTS, quantization_config
 from ternarize.checkpoint.packed import PackedCheckpoint
 from ternarize.checkpoint.plan import Plan, make_plan
@@ -19,7 +18,7 @@ from ternarize.checkpoint.source import CONFIG_FILE, Source, TensorInfo
 from ternarize.checkpoint.write import ShardWriter, check_destination, new_folder, parse_size, write_json
 from ternarize.config import TernaryConfig
 from ternarize.errors import ConfigError, ConversionError
-from ternarize.packing import ROW, pack, split_planes
+from ternarize.packing import ROW, pack, row_strips, split_planes
 from ternarize.quantize import quantize_bias, quantize_weight, relative_error
 
 DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -15,7 +15,7 @@ from ternarize.checkpoint.format import QUANT_METHOD, TRAINING, WEIGHTS, quantiz
 from ternarize.checkpoint.packed import PackedCheckpoint
 from ternarize.checkpoint.plan import Plan, make_plan
 from ternarize.checkpoint.read import open_checkpoint
-from ternarize.checkpoint.source import CONFIG_FILE, Source, TensorInfo
+from ternarize.checkpoint.source import CONFIG_FILE, Source, TensorInfo, quant_method
 from ternarize.checkpoint.write import ShardWriter, check_destination, new_folder, parse_size, write_json
 from ternarize.config import TernaryConfig
 from ternarize.errors import ConfigError, ConversionError
@@ -146,7 +146,7 @@ def convert(
 
 
 def _refuse_quantized(checkpoint: Source) -> None:
-    method = ((checkpoint.config or {}).get("quantization_config") or {}).get("quant_method")
+    method = quant_method(checkpoint.config)
     if method not in (None, QUANT_METHOD):
         raise ConversionError(
             f"{checkpoint.path} is already quantised, by {method!r}: convert the original dense checkpoint"

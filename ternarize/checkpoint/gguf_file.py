@@ -47,16 +47,14 @@ class GgufFile:
         try:
             reader = gguf.GGUFReader(file)
             config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-            architecture = reader.fields["general.architecture"].contents()
-        # Both parse without checks, and raise whatever comes to them on damaged bytes.
-        except Exception as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+        except (ValueError, IndexError, KeyError, OSError) as error:
             raise CheckpointError(
-                f"{file} is no GGUF file that transformers reads ({reason}): fetch it again, or convert the original"
+                f"{file} is no GGUF file that transformers reads ({error}): fetch it again, or convert the original"
             ) from None
         config.dtype = torch.float32
         model = empty_model(config.to_dict())
         self.config: dict[str, Any] | None = {**config.to_diff_dict(), "architectures": [type(model).__name__]}
+        architecture = reader.fields["general.architecture"].contents()
         self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
         names = get_gguf_hf_weights_map(model, self._processor)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -133,6 +133,9 @@ def test_a_config_that_transformers_cannot_build_leaves_names_and_shapes(
 
 
 LAYER = "model.layers.0.self_attn.q_proj"
+NO_WIDTHS: list[Any] = ["x", [], -3, 0, 63.5, 10**30, None]
+NO_PLANES: list[Any] = [[], 3.0, True, 1]
+WEIGHT_MAPS: list[Any] = [5, {}, {"a": []}, {"a": "b"}]
 
 
 @pytest.mark.parametrize(
@@ -141,8 +144,8 @@ LAYER = "model.layers.0.self_attn.q_proj"
         {"modules": "x"},
         {"modules": [1]},
         {"modules": {LAYER: 5}},
-        *({"modules": {LAYER: {"in_features": value}}} for value in ("x", [], -3, 0, 63.5, 10**30, None)),
-        *({"planes": value} for value in ([], 3.0, True, 1)),
+        *({"modules": {LAYER: {"in_features": value}}} for value in NO_WIDTHS),
+        *({"planes": value} for value in NO_PLANES),
         {"init": []},
         {"rule": {}},
         {"accumulator": None},
@@ -160,7 +163,7 @@ def test_a_quantization_config_that_means_nothing_is_refused(
         read_all(folder)
 
 
-@pytest.mark.parametrize("index", ["[]", "{", *(json.dumps({"weight_map": m}) for m in (5, {}, {"a": []}, {"a": "b"}))])
+@pytest.mark.parametrize("index", ["[]", "{", *(json.dumps({"weight_map": files}) for files in WEIGHT_MAPS)])
 def test_an_index_that_names_no_files_is_refused(index: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "dense")
     (folder / "model.safetensors.index.json").write_text(index)

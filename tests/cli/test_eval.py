@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,18 @@ def test_eval_of_binary_text_says_where_it_is_broken(
     text.write_bytes(b"abc\xff")
     assert main(["eval", str(tiny_checkpoint), "--text", str(text)]) == USAGE
     assert "at byte 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", ["[]", "{", '{"model_type": []}', '{"quantization_config": "x"}'])
+def test_eval_of_a_model_with_a_broken_config_is_one_line(
+    config: str, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "dense")
+    (folder / "config.json").write_text(config)
+    assert main(["eval", str(folder)]) == FAILURE
+    error = capsys.readouterr().err
+    assert error.startswith("ternarize: error:")
+    assert error.count("\n") == 1
 
 
 def test_eval_of_what_is_no_model_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

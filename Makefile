@@ -27,7 +27,7 @@ typecheck: $(VENV)/ready
 
 # Two processes, one thread each, use two cores best: most of the time is compilation.
 pytest: $(VENV)/ready $(GGUF)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu"
 
 gpu-test: $(VENV)/ready
 	$(BIN)/python -m pytest -m gpu

@@ -17,8 +17,8 @@ from ternarize.backends.select import Phase
 from ternarize.backends.torch.update import NONFINITE_OUTPUT
 from ternarize.config import Kernels, kernels_policy
 from ternarize.errors import ConfigError
-from ternarize.passes.base import calls, mutates
-from ternarize.passes.insert_finite_guard import STATUS
+from ternarize.passes.base import mutates
+from ternarize.passes.insert_finite_guard import layer_calls
 from ternarize.passes.lower_ternary import choose_node
 from ternarize.passes.manager import JointPasses, PostGradPasses, checks_finite, run_on_dynamo_graph
 
@@ -37,7 +37,7 @@ def compile_graph(
     patches = _inductor_patches(mode, {key: value for key, value in options.items() if key != "kernels"})
     run_on_dynamo_graph(graph_module)
     phase: Phase = "training" if _needs_autograd(example_inputs) else "inference"
-    guarded = _record_choices(graph_module, example_inputs, phase, policy) if _has_ternary(graph_module) else []
+    guarded = _record_choices(graph_module, example_inputs, phase, policy)
 
     def compile_part(graph: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
         part: Phase = "inference" if settings.get("is_inference") else "training"
@@ -70,10 +70,6 @@ def _needs_autograd(inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
 
 
-def _has_ternary(graph_module: fx.GraphModule) -> bool:
-    return any(calls(node, *STATUS) for node in graph_module.graph.nodes)
-
-
 def _record_choices(
     graph_module: fx.GraphModule, example_inputs: Sequence[Any], phase: Phase, policy: Kernels
 ) -> list[int]:
@@ -85,11 +81,8 @@ def _record_choices(
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     position = {node: index for index, node in enumerate(placeholders)}
     guarded = []
-    for node in graph_module.graph.nodes:
-        if not calls(node, *STATUS):
-            continue
+    for node, statuses in layer_calls(graph_module.graph):
         choice = choose_node(node, phase, policy)
-        statuses = node.args[next(STATUS[op] for op in STATUS if calls(node, op))]
         for status in statuses:
             index = position.get(status)
             layer = guard.layer_of(example_inputs[index]) if index is not None else None

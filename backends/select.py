@@ -1,13 +1,14 @@
 """Which kernel runs an op: one choice a node, made when a graph is lowered, with the reason for it.
 
 Each backend has a verifier, ``verify(stem, facts) -> (ok, reason)``, in its ``__init__``. In ``auto`` the candidates
-are tried in order and the refusals are kept as the reason; a forced backend that cannot run a call raises its own.
+are tried in order; their refusals are the reason, and are logged once. A forced backend that cannot run a call raises.
 """
 
 import dataclasses
 import functools
 import importlib
 import importlib.metadata
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ import torch
 
 from ternarize.config import Kernels, flag, kernels_policy
 from ternarize.errors import KernelError
+
+log = logging.getLogger(__name__)
 
 Phase = Literal["inference", "training"]
 
@@ -130,12 +133,22 @@ def _choose(stem: str, phase: Phase, facts: Facts, policy: Kernels, tilelang: bo
             ok, reason = False, f"the tensors are on {facts.device}"
         else:
             ok, reason = verify(backend, stem, facts)
+        if ok and not refusals:
+            return Choice(backend, reason)
         if ok:
-            return Choice(backend, "; ".join(refusals) or reason)
+            passed_over = "; ".join(refusals)
+            # On a CPU there is nothing to tell: that is what the reference is for.
+            _say_once(logging.WARNING if facts.device == "cuda" else logging.INFO, f"{stem}: {backend}, {passed_over}")
+            return Choice(backend, passed_over)
         if policy != "auto":
             raise KernelError(f"kernels={policy} cannot run {stem}: {reason}; use auto, or lift that limit")
         refusals.append(f"not {backend}: {reason}")
     raise AssertionError("the torch backend accepts every call")
+
+
+@functools.cache
+def _say_once(level: int, message: str) -> None:
+    log.log(level, message)
 
 
 def eager_backend(stem: str, args: Sequence[Any]) -> str:
@@ -144,7 +157,8 @@ def eager_backend(stem: str, args: Sequence[Any]) -> str:
     In ``auto`` that is Triton or torch: TileLang's output is guarded in graphs only.
     """
     policy = kernels_policy()
-    phase: Phase = "inference" if policy == "tilelang" else "training"
+    # Whether a layer that is called eagerly trains is not known; the other ops only run in training.
+    phase: Phase = "inference" if policy == "tilelang" and stem == "linear" else "training"
     return choose(stem, phase, facts_of(stem, args), policy).backend
 
 

@@ -50,6 +50,15 @@ def calls(node: fx.Node, *packets: torch._ops.OpOverloadPacket) -> bool:
     return node.op == "call_function" and any(node.target in (packet, packet.default) for packet in packets)
 
 
+def bodies(node: fx.Node) -> list[fx.GraphModule]:
+    """The graphs that a higher-order op of a Dynamo graph runs, such as the part of a model that is checkpointed."""
+    owner = node.graph.owning_module
+    if node.op != "call_function" or owner is None:
+        return []
+    held = [getattr(owner, str(given.target), None) for given in node.all_input_nodes if given.op == "get_attr"]
+    return [body for body in held if isinstance(body, fx.GraphModule)]
+
+
 _INPLACE_OPERATORS = {
     getattr(operator, name) for name in dir(operator) if name.startswith("i") and hasattr(operator, f"__{name[1:]}__")
 } | {operator.setitem, operator.delitem}
@@ -64,6 +73,8 @@ def mutates(node: fx.Node) -> bool:
         return True
     if node.op != "call_function":
         return False
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return any(mutates(inner) for body in bodies(node) for inner in body.graph.nodes)
     if isinstance(node.target, torch._ops.OpOverloadPacket):
         return bool(node.target.default._schema.is_mutable)
     if isinstance(node.target, torch._ops.OpOverload):

@@ -29,16 +29,18 @@ class FuseSharedInputPass(GraphPass):
 
     def rewrite(self, graph: fx.Graph) -> int:
         """Merge each group of sibling calls."""
-        # Positions of writes split the graph into stretches inside which calls may be moved up.
+        # Positions of writes split the graph into stretches, inside which calls may be moved up and casts are alike.
         groups: dict[tuple[Any, ...], list[fx.Node]] = defaultdict(list)
         stretch = 0
+        stretch_of: dict[fx.Node, int] = {}
         for node in graph.nodes:
             if mutates(node):
                 stretch += 1
+            stretch_of[node] = stretch
             if calls(node, torch.ops.ternarize.linear, torch.ops.ternarize.linear_train) and _movable(node):
                 scalars = tuple(a for a in node.args if isinstance(a, int | str))
                 lengths = tuple(bool(a) for a in node.args if isinstance(a, list))
-                groups[(stretch, node.target, _source(node.args[0]), scalars, lengths)].append(node)
+                groups[(stretch, node.target, _source(node.args[0], stretch_of), scalars, lengths)].append(node)
         merged = [group for group in groups.values() if len(group) > 1]
         for group in merged:
             _merge(graph, group)
@@ -51,10 +53,10 @@ def _movable(node: fx.Node) -> bool:
     return all(a.op in ("placeholder", "get_attr") for a in given if isinstance(a, fx.Node))
 
 
-def _source(x: Any) -> Any:
+def _source(x: Any, stretch_of: dict[fx.Node, int]) -> Any:
     """What x is for the comparison: autocast gives each layer its own x.to(dtype) of one tensor."""
     if isinstance(x, fx.Node) and x.op == "call_method" and x.target == "to" and not x.kwargs:
-        return ("to", *x.args)
+        return ("to", stretch_of[x], *x.args)
     return x
 
 

@@ -1,17 +1,35 @@
 """Put checks for NaN and Inf into graphs: on the loss in training, on the outputs of TileLang kernels in inference."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from ternarize import ops  # noqa: F401  # importing ops registers torch.ops.ternarize
 from ternarize.backends.torch.update import NONFINITE_LOSS, NONFINITE_OUTPUT
-from ternarize.passes.base import GraphPass, calls
+from ternarize.passes.base import GraphPass, bodies, calls
 
 #: Position of the status tensors in the arguments of the two ops.
 STATUS = {torch.ops.ternarize.linear: 6, torch.ops.ternarize.linear_train: 14}
+
+
+def layer_calls(graph: fx.Graph) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
+    """Calls of ternary layers in a Dynamo graph, each with its status tensors as nodes of that graph.
+
+    Calls in the bodies of higher-order ops, where activation checkpointing puts them, are found too.
+    """
+    for node in graph.nodes:
+        for op, position in STATUS.items():
+            if calls(node, op):
+                yield node, list(node.args[position])
+        for body in bodies(node):
+            inputs = body.graph.find_nodes(op="placeholder")
+            # Whatever else a higher-order op takes, the inputs of its bodies come last.
+            given = dict(zip(inputs, tree_leaves(node.args)[-len(inputs) :], strict=False))
+            for call, statuses in layer_calls(body.graph):
+                yield call, [given[status] for status in statuses]
 
 
 class GuardLossPass(GraphPass):
@@ -32,10 +50,10 @@ class GuardLossPass(GraphPass):
 
     def rewrite(self, graph: fx.Graph) -> int:
         """Guard every scalar output that requires gradients."""
-        trained = graph.find_nodes(op="call_function", target=torch.ops.ternarize.linear_train)
-        if not trained:
+        trained = (found for call, found in layer_calls(graph) if calls(call, torch.ops.ternarize.linear_train))
+        status, *_ = next(trained, (None,))
+        if status is None:
             return 0
-        status = trained[0].args[STATUS[torch.ops.ternarize.linear_train]][0]
         output = graph.output_node()
         losses = [node for node in output.all_input_nodes if _is_loss(node.meta.get("example_value"))]
         for loss in losses:

@@ -35,8 +35,13 @@ def checks_finite() -> bool:
 
 def run_on_dynamo_graph(graph_module: fx.GraphModule) -> None:
     """Run the passes that come before autograd."""
-    for graph_pass in (SwapLinearPass(), FuseSharedInputPass(), GuardLossPass()):
-        graph_pass(graph_module.graph)
+    # Activation checkpointing makes graphs of their own of what it covers. The loss is an output of the outermost.
+    for module in graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            SwapLinearPass()(module.graph)
+            FuseSharedInputPass()(module.graph)
+            module.recompile()
+    GuardLossPass()(graph_module.graph)
     graph_module.recompile()
 
 

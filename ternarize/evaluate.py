@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -16,6 +15,8 @@ import torch
 from torch import nn
 
 from ternarize.checkpoint import from_pretrained
+from ternarize.checkpoint.format import QUANT_METHOD
+from ternarize.checkpoint.source import quant_method, read_config
 from ternarize.errors import CheckpointError, ConfigError, NonFiniteError
 
 
@@ -84,17 +85,19 @@ def load(
 def _load(
     transformers: ModuleType, path: Path, folder: Path, source: dict[str, str], dtype: torch.dtype | None
 ) -> tuple[nn.Module, Any]:
+    packed = quant_method(read_config(path)) == QUANT_METHOD
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **source)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    # Loading code of a hundred architectures raises whatever comes to it.
+    except Exception as error:
         raise CheckpointError(f"{path} has no tokenizer that transformers can load: {error}") from error
-    if not source and _is_packed(path):
+    if packed:
         return from_pretrained(path, dtype=dtype), tokenizer
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, dtype=dtype or (torch.float32 if source else "auto"), **source
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:
         raise CheckpointError(f"transformers cannot load {path}: {error}") from error
     return model, tokenizer
 
@@ -138,14 +141,6 @@ def perplexity(
         raise NonFiniteError(f"the mean log-likelihood is {nll}: the model's weights or its dtype are broken")
     # The float64 exp of torch gives inf where that of math raises.
     return Perplexity(torch.tensor(nll, dtype=torch.float64).exp().item(), nll, scored, seconds)
-
-
-def _is_packed(folder: Path) -> bool:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{folder / 'config.json'} is no JSON: {error}") from error
-    return (config.get("quantization_config") or {}).get("quant_method") == "ternarize"
 
 
 @contextmanager

@@ -8,19 +8,16 @@ import torch._dynamo
 from torch import Tensor, nn
 
 from ternarize import guard, ops  # noqa: F401  # importing ops registers torch.ops.ternarize
-from ternarize.backends.torch.update import row_strips
+from ternarize.backends.torch.update import NO_STATISTICS
 from ternarize.config import TernaryConfig
 from ternarize.errors import ConfigError, ShapeError
-from ternarize.packing import ROW, groups_per_row, pack, split_planes
+from ternarize.packing import ROW, groups_per_row, pack, row_strips, split_planes
 
 #: Parameters that only training needs: `freeze` drops them, inference checkpoints leave them out.
 TRAINING_STATE = ("T_accum", "T_momentum", "E_accum", "row_log2", "col_log2")
 
 #: Tensors that live between a backward and the optimizer's step; no parameters, no buffers, never saved.
 STAGE = ("stage", "stage_E", "stage_row", "stage_col")
-
-#: row_log2 and col_log2 of a layer that has seen no gradient.
-NO_STATISTICS = -(2**15)
 
 
 def _integers(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None, fill: int = 0) -> nn.Parameter:
@@ -30,7 +27,8 @@ def _integers(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device |
 class TernaryLinear(nn.Module):
     """y = x · (T · 2^E)ᵀ + bias with T in {-1, 0, 1}, 2 bits a weight.
 
-    Every parameter is an integer tensor that does not require gradients; `ternarize.packing` has the dimension key.
+    Every parameter is an integer tensor that does not require gradients, so that ``model.requires_grad_(True)`` raises;
+    `freeze` and `eval` are what stops its training. `ternarize.packing` has the dimension key.
     A new layer holds zeros: `from_levels` and `ternarize.quantize` fill one.
 
         T_packed       uint8 [N, B], or [P, N, B] with several trit planes
@@ -47,7 +45,7 @@ class TernaryLinear(nn.Module):
         config: group size, planes, rule and form.
         trainable: whether to keep the rule's state; only layers of one plane can.
         device: of the parameters.
-        dtype: that a dense twin would have; `weight` and `ternarize.dequantize` use it.
+        dtype: that a dense twin would have; `weight` and `ternarize.dequantize` use it. Casts of the model change it.
 
     Raises:
         ConfigError: for a trainable layer of several planes.
@@ -251,6 +249,8 @@ class TernaryLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
         device = self.T_packed.device
+        # A cast of the model is one of the dense twin: an empty tensor tells what it does to floats.
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # of torch
         if self.T_packed.device != device:
             self._reset_transients()
@@ -258,6 +258,12 @@ class TernaryLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N], in the dtype of x, or of autocast where it is on."""
+        # The packed row alone cannot tell a K from the next three.
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ShapeError(
+                f"layer {self.name!r} got an input of shape {list(x.shape)}: its last dimension must be in_features, "
+                f"{self.in_features}"
+            )
         # Autocast knows no meta device and raises when asked about it.
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))

@@ -40,7 +40,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ternarize.errors import ShapeError
+from ternarize.errors import ShapeError, TernarizeError
 from ternarize.packing import dequantize as _dequantize
 
 BACKENDS = ("tilelang", "triton", "torch")
@@ -279,15 +279,26 @@ def _save(ctx: Any, x: Tensor, T_packed: list[Tensor], E: list[Tensor], E_mantis
     # Version-checked: a commit between forward and backward must be an error.
     ctx.save_for_backward(x, *T_packed, *E, *E_mantissa)
     ctx.layers, ctx.in_features = len(T_packed), x.shape[-1]
-    ctx.set_materialize_grads(True)
+    # Zeros in place of a missing gradient would be a micro-batch of its own to a layer that must stay as it is.
+    ctx.set_materialize_grads(False)
 
 
-def _grad_input(ctx: Any, grad_y: list[Tensor], weights: Sequence[Tensor]) -> Tensor | None:
-    if not ctx.needs_input_grad[0]:
+def _with_gradient(ctx: Any, grad_y: list[Tensor | None], state: Sequence[list[Tensor]]) -> tuple[Tensor, list[Any]]:
+    """x; then grad_y, T_packed, E, E_mantissa and ``state``, without the layers whose output got no gradient.
+
+    Those are layers of a merged call whose output was not used, or only outside of autograd.
+    """
+    # Read once: activation checkpointing allows no second look.
+    x, *saved = ctx.saved_tensors
+    weights = [saved[start : start + ctx.layers] for start in range(0, len(saved), ctx.layers)]
+    live = [i for i, gradient in enumerate(grad_y) if gradient is not None]
+    return x, [[values[i] for i in live] if values else [] for values in (grad_y, *weights, *state)]
+
+
+def _grad_input(ctx: Any, grad_y: list[Tensor], *weights: list[Any]) -> Tensor | None:
+    if not (grad_y and ctx.needs_input_grad[0]):
         return None
-    n = ctx.layers
-    T_packed, E, E_mantissa = weights[:n], weights[n : 2 * n], weights[2 * n :]
-    grad_x: Tensor = torch.ops.ternarize.grad_input(grad_y, T_packed, E, E_mantissa, ctx.in_features, ctx.group_size)
+    grad_x: Tensor = torch.ops.ternarize.grad_input(grad_y, *weights, ctx.in_features, ctx.group_size)
     return grad_x
 
 
@@ -298,9 +309,9 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> No
     ctx.no_gradients = _no_gradients(inputs[1:])
 
 
-def _linear_backward(ctx: Any, grad_y: list[Tensor]) -> tuple[Any, ...]:
-    _, *weights = ctx.saved_tensors
-    return _grad_input(ctx, grad_y, weights), *ctx.no_gradients
+def _linear_backward(ctx: Any, grad_y: list[Tensor | None]) -> tuple[Any, ...]:
+    _, per_layer = _with_gradient(ctx, grad_y, ())
+    return _grad_input(ctx, *per_layer), *ctx.no_gradients
 
 
 torch.library.register_autograd("ternarize::linear", _linear_backward, setup_context=_linear_setup)
@@ -314,15 +325,38 @@ def _linear_train_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor])
     ctx.no_gradients = _no_gradients(inputs[1:])
 
 
-def _linear_train_backward(ctx: Any, grad_y: list[Tensor]) -> tuple[Any, ...]:
-    # Read once: activation checkpointing allows no second look.
-    x, *weights = ctx.saved_tensors
-    grad_x = _grad_input(ctx, grad_y, weights)
-    torch.ops.ternarize.update_stage(grad_y, x, weights[: ctx.layers], *ctx.state, ctx.group_size, ctx.rule)
+def _linear_train_backward(ctx: Any, grad_y: list[Tensor | None]) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():
+        raise TernarizeError(
+            "create_graph=True reached a trainable ternary layer, whose update has no second derivative: "
+            "call eval() or freeze on the layers that a gradient penalty goes through"
+        )
+    x, (gradients, T_packed, E, E_mantissa, *state) = _with_gradient(ctx, grad_y, ctx.state)
+    grad_x = _grad_input(ctx, gradients, T_packed, E, E_mantissa)
+    if gradients:
+        torch.ops.ternarize.update_stage(gradients, x, T_packed, *state, ctx.group_size, ctx.rule)
     return grad_x, *ctx.no_gradients
 
 
 torch.library.register_autograd("ternarize::linear_train", _linear_train_backward, setup_context=_linear_train_setup)
+
+
+def _grad_input_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, T_packed, E, E_mantissa, _, ctx.group_size = inputs
+    ctx.layers = len(T_packed)
+    ctx.save_for_backward(*T_packed, *E, *E_mantissa)
+    ctx.no_gradients = _no_gradients(inputs[1:])
+
+
+def _grad_input_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    n, saved = ctx.layers, ctx.saved_tensors
+    no_bias = [None] * n
+    weights = (saved[:n], saved[n : 2 * n], saved[2 * n :])
+    grad_y = torch.ops.ternarize.linear(grad, *weights, no_bias, no_bias, [], ctx.group_size, False)
+    return grad_y, *ctx.no_gradients
+
+
+torch.library.register_autograd("ternarize::grad_input", _grad_input_backward, setup_context=_grad_input_setup)
 
 
 def _guard_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -66,6 +66,8 @@ class TernaryOptimizer(torch.optim.Optimizer):
         ConfigError: for parameters instead of modules, no trainable ternary layer, or a value that means nothing.
     """
 
+    _COPIED: tuple[str, ...] = ("skip_nonfinite", "_seed", "_layers", "_skipped")
+
     def __init__(
         self,
         params: nn.Module | Iterable[nn.Module | dict[str, Any]],
@@ -160,8 +162,15 @@ class TernaryOptimizer(torch.optim.Optimizer):
             self.state[parameter] = {"rng": layer.rng, "skipped_steps": self._skipped}
         return super().state_dict()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, which drives the layers that are copied along with it."""
+        return super().__getstate__() | {name: getattr(self, name) for name in self._COPIED}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if "_layers" in state:
+            # A copy, whose layers brought their state along.
+            return
         for parameter, layer in self._layers.items():
             saved = self.state.pop(parameter, {})
             if "rng" not in saved:
@@ -187,7 +196,8 @@ class TernaryOptimizer(torch.optim.Optimizer):
             what = [word for bit, word in _WHAT.items() if bits & bit]
             if what:
                 phrases.append(f"{' and '.join(what)} of layer {layer.name or i!r}")
-        if findings[len(self._layers)]:
+        # A compiled graph flags the loss that it returns in the status of one of its layers.
+        if any(bits & NONFINITE_LOSS for bits in findings[: len(self._layers) + 1]):
             phrases.append("the loss")
         return phrases
 
@@ -234,6 +244,8 @@ class JointOptimizer(TernaryOptimizer):
     takes the flag on the device, as those of torch do with ``fused=True``.
     """
 
+    _COPIED = (*TernaryOptimizer._COPIED, "_float", "_names")
+
     def __init__(self, float_optimizer: torch.optim.Optimizer, model: nn.Module, **ternary: Any) -> None:
         super().__init__(model, **ternary)
         self._float = float_optimizer
@@ -244,6 +256,8 @@ class JointOptimizer(TernaryOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if "_float" in state:
+            return
         groups = [group for group in self.param_groups if not any(p in self._layers for p in group["params"])]
         self._float.__setstate__({"state": self.state, "param_groups": groups})
 
@@ -285,8 +299,9 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """One optimizer for a model with ternary layers: for its float parameters and its trits.
 
-    Schedulers, `torch.amp.GradScaler`, gradient clipping and `state_dict` act on it as on any optimizer. The schedulers
-    that fit are those that multiply each group's own learning rate, such as LambdaLR and CosineAnnealingLR.
+    Schedulers, `torch.amp.GradScaler`, gradient clipping and `state_dict` act on it as on any optimizer; a GradScaler
+    needs a float parameter, in whose gradients it looks for overflow. The schedulers that fit are those that multiply
+    each group's own learning rate, such as LambdaLR and CosineAnnealingLR.
 
     Args:
         model: with at least one trainable ternary layer.

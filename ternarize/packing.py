@@ -15,6 +15,8 @@ Planes share one exponent: weight = 2^E · sum over p of 3^(P-1-p) · T_p, so P 
 magnitude up to (3^P - 1) / 2 = 1, 4 or 13.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,10 @@ E_MIN, E_MAX = -126, 127
 
 ROW = -1
 """``group_size`` that means one group a row."""
+
+#: Bytes of float32 and int64 scratch that one strip of rows may take.
+WORKSPACE_BYTES = 32 * 2**20
+_SCRATCH_BYTES_PER_WEIGHT = 96
 
 
 def check_group_size(group_size: int) -> None:
@@ -43,6 +49,13 @@ def groups_per_row(in_features: int, group_size: int) -> int:
 def largest_level(planes: int) -> int:
     """The largest integer that ``planes`` trit planes can hold: 1, 4 or 13."""
     return int((3**planes - 1) // 2)
+
+
+def row_strips(rows: int, in_features: int) -> Iterator[slice]:
+    """Row ranges whose scratch stays within WORKSPACE_BYTES."""
+    step = max(1, WORKSPACE_BYTES // (_SCRATCH_BYTES_PER_WEIGHT * max(1, in_features)))
+    for start in range(0, rows, step):
+        yield slice(start, min(rows, start + step))
 
 
 def _sections(in_features: int, group_size: int) -> list[tuple[int, int]]:

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import io
 import itertools
 import re
 import weakref
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from rich.console import Console
 from torch import Tensor, nn
 
 import ternarize as package
@@ -20,41 +18,7 @@ from ternarize import TernaryConfig, TernaryLinear, dequantize, freeze, ternariz
 from ternarize.api import is_ternary, ternary_parameters
 from ternarize.errors import ConfigError, ConversionError
 from ternarize.layer import ternary_layers
-from ternarize.report import TernaryReport
-
-
-def report_of(model: nn.Module) -> TernaryReport:
-    report = model.__dict__["ternary_report"]
-    assert isinstance(report, TernaryReport)
-    return report
-
-
-def skipped(model: nn.Module) -> dict[str, str | None]:
-    return {row.name: row.reason for row in report_of(model).skipped}
-
-
-def swapped(model: nn.Module) -> list[str]:
-    return [row.name for row in report_of(model).swapped]
-
-
-class Block(nn.Module):
-    """A mixture of experts in small: a gate, two experts, and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(11, 16)
-        self.gate = nn.Linear(16, 2)
-        self.experts = nn.ModuleList([nn.Linear(16, 16) for _ in range(2)])
-        self.norm = nn.LayerNorm(16)
-        self.lm_head = nn.Linear(16, 11, bias=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens)
-        weights = torch.softmax(self.gate(x), -1)
-        y = sum(weights[..., i : i + 1] * expert(x) for i, expert in enumerate(self.experts))
-        out: Tensor = self.lm_head(self.norm(y))
-        return out
+from tests.kit import Block, report_of, skipped, swapped
 
 
 def tiny_llama(**options: Any) -> nn.Module:
@@ -331,43 +295,6 @@ def test_inplace_false_copies_all_but_the_swapped_weights(monkeypatch: pytest.Mo
         assert a.data_ptr() != b.data_ptr()
     assert torch.equal(ternary.get_parameter("lm_head.weight"), model.lm_head.weight)
     assert not hasattr(model, "ternary_report")
-
-
-def test_report_counts_bytes_and_errors_and_prints() -> None:
-    model = ternarize(Block(), group_size=8)
-    report = report_of(model)
-    expert = report.swapped[0]
-    # 16 x 16 weights and 16 biases: float32; then 2 bits, 2 exponents a row, int32 biases with one exponent.
-    assert expert.bytes_before == 4 * (16 * 16 + 16)
-    assert expert.bytes_after == 16 * 4 + 16 * 2 + 16 * 4 + 1
-    # T_accum and T_momentum, then row_log2 and col_log2.
-    assert expert.bytes_training == 2 * 16 * 16 + 2 * (16 + 16)
-    assert report.bytes_training == 2 * expert.bytes_training
-    dense = sum(row.bytes_before for row in report.skipped)
-    assert dense == 4 * (2 * 16 + 2 + 11 * 16)
-    assert report.bytes_before == 2 * expert.bytes_before + dense
-    assert report.bytes_after == 2 * expert.bytes_after + dense
-    assert expert.weight_error is not None
-    original, layer = Block().get_parameter("experts.0.weight").detach(), model.get_submodule("experts.0")
-    assert isinstance(layer, TernaryLinear)
-    error = (original - layer.weight).square().sum() / original.square().sum()
-    assert expert.weight_error == pytest.approx(float(error), rel=1e-5)
-
-    text = str(report)
-    assert "2 of 4 linear layers made ternary" in text
-    for row in report.layers:
-        assert row.name in text
-    assert "\x1b" not in text
-    console = Console(file=io.StringIO(), width=140)
-    with console.capture() as capture:
-        console.print(report)
-    assert capture.get().rstrip() == text
-
-
-def test_report_survives_deepcopy_and_is_not_in_the_state_dict() -> None:
-    model = ternarize(Block())
-    assert report_of(copy.deepcopy(model)) == report_of(model)
-    assert not any("report" in name for name in model.state_dict())
 
 
 def test_freeze_drops_training_state_everywhere() -> None:

@@ -11,21 +11,7 @@ from torch.nn.utils import parametrizations, prune
 from ternarize import TernaryLinear, dequantize, ternarize
 from ternarize.api import ternary_parameters
 from ternarize.errors import ConversionError
-from ternarize.report import TernaryReport
-
-
-def report_of(model: nn.Module) -> TernaryReport:
-    report = model.__dict__["ternary_report"]
-    assert isinstance(report, TernaryReport)
-    return report
-
-
-def skipped(model: nn.Module) -> dict[str, str | None]:
-    return {row.name: row.reason for row in report_of(model).skipped}
-
-
-def swapped(model: nn.Module) -> list[str]:
-    return [row.name for row in report_of(model).swapped]
+from tests.kit import report_of, skipped, swapped
 
 
 def test_output_embedding_of_a_transformers_model_is_kept_whatever_its_name() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ternarize import TernaryConfig, TernaryLinear, freeze, ternarize
-from ternarize.errors import ConfigError, ShapeError
+from ternarize.errors import ConfigError, ShapeError, TernarizeError
 from ternarize.layer import TRAINING_STATE
 from ternarize.packing import pack, split_planes, unpack
 from ternarize.quantize import quantize_weight
@@ -113,6 +113,8 @@ def test_casts_of_the_model_leave_integers_alone(layer_with_data: TernaryLinear)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         assert_same_state(layer_with_data.to(dtype), before)
     assert_same_state(layer_with_data.half(), before)
+    # What reads weight.dtype to cast its input, as transformers' T5 does, must see the cast.
+    assert layer_with_data.weight.dtype == torch.float16
 
 
 def test_deepcopy_is_equal_and_shares_nothing(layer_with_data: TernaryLinear) -> None:
@@ -160,6 +162,20 @@ def test_gradient_of_the_input_is_that_of_the_dense_layer() -> None:
     grad_y = torch.randn(4, 12, dtype=torch.float64)
     (grad_x,) = torch.autograd.grad(layer(x), x, grad_y)
     torch.testing.assert_close(grad_x, grad_y @ layer.weight)
+
+
+def test_a_gradient_penalty_is_that_of_the_dense_layer() -> None:
+    layer = WAYS["inference"]()
+    layer.dtype = torch.float64
+    torch.autograd.gradgradcheck(layer, (torch.randn(4, 70, dtype=torch.float64, requires_grad=True),))
+
+
+def test_a_gradient_penalty_through_a_layer_that_trains_is_an_error() -> None:
+    layer = WAYS["factored int8"]()
+    layer.prepare_training()
+    x = torch.randn(4, 70, requires_grad=True)
+    with pytest.raises(TernarizeError, match="create_graph=True reached a trainable ternary layer"):
+        torch.autograd.grad(layer(x).sum(), x, create_graph=True)
 
 
 def test_training_pass_gives_the_gradient_of_the_input_and_fills_the_stage() -> None:
@@ -238,7 +254,10 @@ def test_groups_as_long_as_the_row_are_rows() -> None:
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (torch.zeros(3, 60), r"input of shape \[3, 60\] does not fit .* last dimension must be in_features"),
+        (torch.zeros(3, 60), r"got an input of shape \[3, 60\]: its last dimension must be in_features, 70"),
+        # As many packed bytes as 70 take.
+        (torch.zeros(3, 69), "must be in_features, 70"),
+        (torch.zeros(()), "must be in_features, 70"),
         (torch.zeros(3, 70, dtype=torch.int64), "needs a floating-point tensor"),
     ],
 )

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import ternarize.backends.torch.update as update
-from ternarize import TernaryConfig
+from ternarize import TernaryConfig, packing
 from ternarize.config import Accumulator, Init
 from ternarize.errors import ConversionError, ShapeError
 from ternarize.packing import E_MAX, E_MIN, ROW, groups_per_row, largest_level
@@ -164,8 +163,8 @@ def test_dtype_of_the_weight_changes_nothing_but_its_own_rounding(dtype: torch.d
 def test_strips_of_rows_give_what_one_piece_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, config = normal(37, 100), TernaryConfig(group_size=32)
     whole = quantize_weight(weight, config)
-    monkeypatch.setattr(update, "WORKSPACE_BYTES", 96 * 100 * 5)
-    assert len(list(update.row_strips(37, 100))) == 8
+    monkeypatch.setattr(packing, "WORKSPACE_BYTES", 96 * 100 * 5)
+    assert len(list(packing.row_strips(37, 100))) == 8
     strips = quantize_weight(weight, config)
     assert torch.equal(whole.levels, strips.levels)
     assert torch.equal(whole.E, strips.E)

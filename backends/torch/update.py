@@ -12,12 +12,12 @@ Rules
 SR is stochastic rounding, floor(v + uniform), with the counter-based numbers of `ternarize.philox`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ternarize.packing import E_MAX, E_MIN, groups_per_row, pack, unpack
+from ternarize.packing import E_MAX, E_MIN, groups_per_row, pack, row_strips, unpack
 from ternarize.philox import ACCUMULATOR_STREAM, GRADIENT_STREAM, MOMENTUM_STREAM, uniform
 
 #: Bits of status[0].
@@ -30,17 +30,6 @@ MOMENTUM_DECAY, STATISTICS_DECAY, CLIP = 0.9, 0.95, 4.0
 
 #: theta, S and M_max of the two forms of `factored` (docs/training.md).
 FORMS = {"int8": (127, 64, 127), "int4": (7, 4, 7)}
-
-#: Bytes of float32 and int64 scratch that one strip of rows may take.
-WORKSPACE_BYTES = 32 * 2**20
-_SCRATCH_BYTES_PER_WEIGHT = 96
-
-
-def row_strips(rows: int, in_features: int) -> Iterator[slice]:
-    """Row ranges whose scratch stays within WORKSPACE_BYTES."""
-    step = max(1, WORKSPACE_BYTES // (_SCRATCH_BYTES_PER_WEIGHT * max(1, in_features)))
-    for start in range(0, rows, step):
-        yield slice(start, min(rows, start + step))
 
 
 def normalisers(row_log2: Tensor, col_log2: Tensor) -> tuple[Tensor, Tensor]:

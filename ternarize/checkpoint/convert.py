@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ternarize.backends.torch.update import row_strips
 from ternarize.checkpoint.format import QUANT_METHOD, TRAINING, WEIGHTS, quantization_config
 from ternarize.checkpoint.packed import PackedCheckpoint
 from ternarize.checkpoint.plan import Plan, make_plan
 from ternarize.checkpoint.read import open_checkpoint
-from ternarize.checkpoint.source import CONFIG_FILE, Source, TensorInfo
+from ternarize.checkpoint.source import CONFIG_FILE, Source, TensorInfo, quant_method
 from ternarize.checkpoint.write import ShardWriter, check_destination, new_folder, parse_size, write_json
 from ternarize.config import TernaryConfig
 from ternarize.errors import ConfigError, ConversionError
-from ternarize.packing import ROW, pack, split_planes
+from ternarize.layer import TRAINING_STATE
+from ternarize.packing import ROW, pack, row_strips, split_planes
 from ternarize.quantize import quantize_bias, quantize_weight, relative_error
 
 DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -91,6 +92,7 @@ def convert(
     exclude: Sequence[str] | None = None,
     max_shard_size: str | int = "5GB",
     dtype: torch.dtype | None = None,
+    trainable: bool = False,
     force: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> ConversionReport:
@@ -107,6 +109,8 @@ def convert(
         exclude: layers that match one of these stay dense, beside the default ones (`ternarize.skip`).
         max_shard_size: of a weights file, like '5GB', or bytes.
         dtype: of the floating-point tensors that stay dense; as in the source by default (float32 for GGUF).
+        trainable: also write training_state.safetensors, where training starts: its accumulators hold what rounding to
+            one plane left. Without it, training starts from the trits alone.
         force: replace ``destination`` if it exists; the old folder goes when the new one is complete.
         progress: called after each tensor with its name, the bytes of the source that are done, and all of them.
 
@@ -123,8 +127,12 @@ def convert(
     shard_bytes = parse_size(max_shard_size)
     if dtype is not None and dtype not in DENSE_DTYPES:
         raise ConfigError(f"dtype {dtype} is not one of float32, bfloat16 and float16")
+    if trainable and config.planes > 1:
+        raise ConfigError(f"trainable needs one trit plane, not {config.planes}: use planes=1, or leave trainable out")
     check_destination(destination, force=force, source=Path(source))
     checkpoint = open_checkpoint(source)
+    if trainable and isinstance(checkpoint, PackedCheckpoint):
+        raise ConfigError(f"{source} is ternary already, what rounding left is lost: convert the dense checkpoint")
     _refuse_quantized(checkpoint)
     plan = make_plan(checkpoint, config, include, exclude)
     _refuse_nothing(checkpoint, plan)
@@ -133,12 +141,15 @@ def convert(
     done, total = 0, sum(checkpoint.stored_bytes(name) for name in checkpoint.tensors)
     with new_folder(destination, force=force) as folder:
         writer = ShardWriter(folder, WEIGHTS, outputs, shard_bytes)
+        training = ShardWriter(folder, TRAINING, _training_outputs(plan), sys.maxsize) if trainable else None
         for name, target in plan.targets.items():
-            errors |= _convert_tensor(checkpoint, name, target, plan, config, outputs, writer)
+            errors |= _convert_tensor(checkpoint, name, target, plan, config, outputs, writer, training)
             done += checkpoint.stored_bytes(name)
             if progress is not None:
                 progress(target, done, total)
         writer.finish()
+        if training is not None:
+            training.finish()
         checkpoint.save_companions(folder)
         _copy_training_state(checkpoint, folder)
         write_json(folder / CONFIG_FILE, _config(checkpoint, plan, dtype))
@@ -146,7 +157,7 @@ def convert(
 
 
 def _refuse_quantized(checkpoint: Source) -> None:
-    method = ((checkpoint.config or {}).get("quantization_config") or {}).get("quant_method")
+    method = quant_method(checkpoint.config)
     if method not in (None, QUANT_METHOD):
         raise ConversionError(
             f"{checkpoint.path} is already quantised, by {method!r}: convert the original dense checkpoint"
@@ -180,6 +191,13 @@ def _outputs(checkpoint: Source, plan: Plan, dtype: torch.dtype | None) -> dict[
     return outputs
 
 
+def _training_outputs(plan: Plan) -> dict[str, TensorInfo]:
+    """Every tensor of training_state.safetensors."""
+    return {
+        key: info for name, layer in plan.layers.items() for key, info in layer.tensors(name, training=True).items()
+    }
+
+
 def _convert_tensor(
     checkpoint: Source,
     name: str,
@@ -188,15 +206,22 @@ def _convert_tensor(
     config: TernaryConfig,
     outputs: Mapping[str, TensorInfo],
     writer: ShardWriter,
+    training: ShardWriter | None,
 ) -> dict[str, float]:
     """Write what one tensor of the source becomes; the layer's name and weight error if it is a converted weight."""
     candidate = plan.candidates.get(name)
     layer, _, kind = target.rpartition(".")
     tensor = checkpoint.load(name)
     if candidate is not None and candidate.reason is None:
-        T_packed, E, error = _pack_weight(tensor.T if candidate.transposed else tensor, config, name)
+        weight = tensor.T if candidate.transposed else tensor
+        T_packed, E, T_accum, error = _pack_weight(weight, config, name, trainable=training is not None)
         writer.write(f"{layer}.T_packed", T_packed)
         writer.write(f"{layer}.E", E)
+        if training is not None:
+            fresh = plan.layers[layer].empty(trainable=True).state_dict() | {"T_accum": T_accum}
+            for key in TRAINING_STATE:
+                if key in fresh:
+                    training.write(f"{layer}.{key}", fresh[key])
         return {layer: error}
     if kind == "bias" and layer in plan.layers and tensor.is_floating_point():
         bias, bias_exponent = quantize_bias(tensor, name=name)
@@ -207,21 +232,29 @@ def _convert_tensor(
     return {}
 
 
-def _pack_weight(weight: Tensor, config: TernaryConfig, name: str) -> tuple[Tensor, Tensor, float]:
-    """T_packed, E and the relative squared error of a dense weight, by strips of rows so that scratch is bounded."""
+def _pack_weight(
+    weight: Tensor, config: TernaryConfig, name: str, *, trainable: bool
+) -> tuple[Tensor, Tensor, Tensor | None, float]:
+    """T_packed, E, T_accum if trainable, and the relative squared error of a dense weight.
+
+    By strips of rows, so that scratch is bounded.
+    """
     rows, in_features = weight.shape
     group_size = ROW if config.group_size >= in_features else config.group_size
-    packed, exponents = [], []
+    packed, exponents, accumulators = [], [], []
     error = total = 0.0
     for strip in row_strips(rows, in_features):
-        quantized = quantize_weight(weight[strip], config, name=name)
+        quantized = quantize_weight(weight[strip], config, trainable=trainable, name=name)
         levels = quantized.levels
         packed.append(pack(levels if config.planes == 1 else split_planes(levels, config.planes), group_size))
         exponents.append(quantized.E)
+        if quantized.T_accum is not None:
+            accumulators.append(quantized.T_accum)
         energy = weight[strip].to(torch.float64).square().sum().item()
         error += energy * relative_error(weight[strip], quantized, group_size)
         total += energy
-    return torch.cat(packed, -2), torch.cat(exponents), error / total if total else 0.0
+    T_accum = torch.cat(accumulators) if accumulators else None
+    return torch.cat(packed, -2), torch.cat(exponents), T_accum, error / total if total else 0.0
 
 
 def _copy_training_state(checkpoint: Source, folder: Path) -> None:

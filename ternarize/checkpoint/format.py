@@ -141,6 +141,8 @@ def packed_layers(
     """
     _check_version(quantization, where)
     modules = quantization.get("modules") or {}
+    if not isinstance(modules, dict) or not all(isinstance(fields, dict) for fields in modules.values()):
+        raise CheckpointError(f"{where}: modules is no object of objects: convert the original again")
     layers = {}
     for key, info in tensors.items():
         name, _, kind = key.rpartition(".")
@@ -179,16 +181,20 @@ def _check_version(quantization: Mapping[str, Any], where: Path) -> None:
 def _packed_layer(
     name: str, T_packed: TensorInfo, fields: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
 ) -> PackedLayer:
-    group_size = fields.get("group_size")
-    if type(group_size) is not int:
-        raise ConfigError(f"group_size is {group_size!r}, need an integer")
-    config = TernaryConfig(**{key: value for key, value in fields.items() if key in _CONFIG_FIELDS})
     if len(T_packed.shape) not in (2, 3):
         raise ShapeError(f"T_packed is {T_packed}, need [N, B] or [P, N, B]")
     out_features, row_bytes = T_packed.shape[-2:]
+    fields = {"in_features": 4 * row_bytes, **fields}
+    for key in ("group_size", "planes", "in_features"):
+        # bool is an int to isinstance.
+        if type(fields.get(key)) is not int:
+            raise ConfigError(f"{key} is {fields.get(key)!r}, need an integer")
+    if not 0 < fields["in_features"] <= 4 * row_bytes:
+        raise ShapeError(f"in_features is {fields['in_features']}, rows of {row_bytes} bytes hold 1 to {4 * row_bytes}")
+    config = TernaryConfig(**{key: value for key, value in fields.items() if key in _CONFIG_FIELDS})
     return PackedLayer(
         config,
-        in_features=int(fields.get("in_features", 4 * row_bytes)),
+        in_features=fields["in_features"],
         out_features=out_features,
         bias=f"{name}.bias" in tensors,
         mantissa=tensors.get(f"{name}.E_mantissa"),

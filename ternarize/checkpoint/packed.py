@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ternarize.checkpoint.format import QUANT_METHOD, TRAINING, WEIGHTS, PackedLayer, packed_layers
 from ternarize.checkpoint.safetensors_files import SafetensorsFiles
-from ternarize.checkpoint.source import CONFIG_FILE, TensorInfo, files_of_index, read_json
+from ternarize.checkpoint.source import CONFIG_FILE, TensorInfo, files_of_index, quant_method, read_config
 from ternarize.errors import CheckpointError
 from ternarize.packing import E_MAX, E_MIN, has_illegal_code
 
@@ -29,15 +29,15 @@ class PackedCheckpoint(SafetensorsFiles):
         config_file = path / CONFIG_FILE
         if not config_file.is_file():
             raise CheckpointError(f"{path} has no {CONFIG_FILE}: give a folder that `ternarize convert` wrote")
-        quantization = read_json(config_file).get("quantization_config")
-        if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+        config = read_config(path) or {}
+        if quant_method(config) != QUANT_METHOD:
             raise CheckpointError(f"{config_file} describes no ternary checkpoint: run `ternarize convert` on it first")
         index, single = path / f"{WEIGHTS}.safetensors.index.json", path / f"{WEIGHTS}.safetensors"
         if not index.is_file() and not single.is_file():
             raise CheckpointError(f"{single} is missing: fetch or convert it again")
         super().__init__(path, files_of_index(index) if index.is_file() else [single])
-        self.quantization: dict[str, Any] = quantization
-        self.layers: dict[str, PackedLayer] = packed_layers(quantization, self.tensors, self.file_of, config_file)
+        self.quantization: dict[str, Any] = config["quantization_config"]
+        self.layers: dict[str, PackedLayer] = packed_layers(self.quantization, self.tensors, self.file_of, config_file)
 
     def load(self, name: str) -> Tensor:
         """One tensor: its checksum verified, codes and exponents of packed ones legal."""

@@ -1,7 +1,7 @@
 """Which tensors of a checkpoint become ternary: decided from names, shapes and the model class, before any is read."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -79,14 +79,16 @@ def make_plan(
         dense = _dense_layers(model, include, exclude)
     candidates = {}
     layers = {}
-    known = set(targets.values())
+    sources = {target: name for name, target in targets.items()}
     for name, info in source.tensors.items():
         layer, _, kind = targets[name].rpartition(".")
         if kind != "weight" or len(info.shape) != 2 or not layer:
             continue
         transposed = False
-        if info.dtype not in CONVERTIBLE:
-            reason: str | None = f"its dtype is {str(info.dtype).removeprefix('torch.')}"
+        if 0 in info.shape:
+            reason: str | None = "it is empty"
+        elif info.dtype not in CONVERTIBLE:
+            reason = f"its dtype is {str(info.dtype).removeprefix('torch.')}"
         elif model is None:
             reason = skip_reason(layer, include, exclude)
         elif layer in dense:
@@ -98,10 +100,22 @@ def make_plan(
         else:
             reason = f"no module of {type(model).__name__}"
         in_features, out_features = info.shape if transposed else reversed(info.shape)
+        packed = PackedLayer(config, in_features, out_features, bias=f"{layer}.bias" in sources)
+        reason = reason or _obstacle(source, sources, layer, packed)
         candidates[name] = Candidate(layer, (out_features, in_features), transposed, reason)
         if reason is None:
-            layers[layer] = PackedLayer(config, in_features, out_features, bias=f"{layer}.bias" in known)
+            layers[layer] = packed
     return Plan(identified_by, targets, candidates, layers)
+
+
+def _obstacle(source: Source, sources: Mapping[str, str], name: str, layer: PackedLayer) -> str | None:
+    """What beside the weight keeps a layer dense: a bias that is none, or tensors by the names it would write."""
+    if layer.bias:
+        bias = source.tensors[sources[f"{name}.bias"]]
+        if bias.shape != (layer.out_features,) or bias.dtype not in CONVERTIBLE:
+            return f"its bias is {bias}"
+    taken = sources.keys() & layer.tensors(name).keys() - {f"{name}.bias"}
+    return f"the source has a tensor {min(taken)!r} already" if taken else None
 
 
 def _model(source: Source) -> tuple[nn.Module | None, str]:

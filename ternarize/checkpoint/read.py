@@ -6,7 +6,7 @@ from ternarize.checkpoint.format import QUANT_METHOD
 from ternarize.checkpoint.gguf_file import GgufFile
 from ternarize.checkpoint.packed import PackedCheckpoint
 from ternarize.checkpoint.safetensors_files import SafetensorsFiles
-from ternarize.checkpoint.source import Source, files_of_index, read_config
+from ternarize.checkpoint.source import Source, files_of_index, quant_method, read_config
 from ternarize.checkpoint.torch_files import TorchFiles
 from ternarize.errors import CheckpointError
 
@@ -39,8 +39,7 @@ def open_checkpoint(path: str | Path) -> Source:
 
 
 def _open_folder(path: Path) -> Source:
-    config = read_config(path)
-    if config and (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD:
+    if quant_method(read_config(path)) == QUANT_METHOD:
         return PackedCheckpoint(path)
     for name in INDEXES:
         if (path / name).is_file():

@@ -83,7 +83,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    # Nesting without end is a RecursionError.
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}): fetch it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, need an object: fetch it again")
@@ -91,9 +92,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
-    """config.json of a folder, if ``path`` is one that has it."""
+    """config.json of a folder, if ``path`` is one that has it; its ``quantization_config`` is an object if there."""
     file = path / CONFIG_FILE
-    return read_json(file) if file.is_file() else None
+    if not file.is_file():
+        return None
+    config = read_json(file)
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict | None):
+        raise CheckpointError(
+            f"{file}: quantization_config is a JSON {type(quantization).__name__}, need an object: fetch it again"
+        )
+    return config
+
+
+def quant_method(config: Mapping[str, Any] | None) -> str | None:
+    """How config.json says that the weights are quantised; None for dense ones."""
+    return ((config or {}).get("quantization_config") or {}).get("quant_method")
 
 
 def files_of_index(index: Path) -> list[Path]:
@@ -105,7 +119,9 @@ def files_of_index(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map: fetch it again")
-    files = [index.parent / str(name) for name in dict.fromkeys(weight_map.values())]
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index}: weight_map must give each tensor the name of its file: fetch it again")
+    files = [index.parent / name for name in dict.fromkeys(weight_map.values())]
     for file in files:
         if not file.is_file():
             raise CheckpointError(f"{file} is missing, {index.name} names it: fetch it again")

@@ -25,13 +25,13 @@ def empty_model(config: Mapping[str, Any]) -> nn.Module:
             f"building a model from config.json needs {error.name}: pip install 'ternarize[transformers]'"
         ) from None
     model_type = config.get("model_type")
-    if model_type not in transformers.CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
         raise CheckpointError(f"transformers {transformers.__version__} has no model_type {model_type!r}: update it")
     # A config that names a quantiser would be handed to transformers' own quantisers.
     fields = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
-    architecture = next(iter(config.get("architectures") or ()), None)
-    model_class = getattr(transformers, architecture, None) if architecture else None
     try:
+        architecture = next(iter(config.get("architectures") or ()), None)
+        model_class = getattr(transformers, architecture, None) if architecture else None
         model_config = transformers.AutoConfig.for_model(model_type, **fields)
         with init_empty_weights(include_buffers=False):
             model: nn.Module = (

@@ -7,6 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from torch._dynamo.exc import BackendCompilerFailed
+
+from ternarize.checkpoint.format import tool_version
 from ternarize.cli.output import Output
 from ternarize.errors import ConfigError, TernarizeError
 
@@ -24,6 +27,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every verb."""
     parser = _Parser(prog="ternarize", description="Ternary PyTorch models: convert, look into, measure and run them.")
+    parser.add_argument("--version", action="version", version=f"ternarize {tool_version()}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb in VERBS:
         module = importlib.import_module(f"ternarize.cli.{verb}")
@@ -42,13 +46,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         result: dict[str, Any] = importlib.import_module(f"ternarize.cli.{arguments.verb}").run(arguments, output)
     except KeyboardInterrupt:
         return _fail(output, "interrupted", 130)
-    except ConfigError as error:
-        return _fail(output, str(error), USAGE)
-    except (TernarizeError, OSError) as error:
-        return _fail(output, str(error), FAILURE)
+    except (TernarizeError, OSError, BackendCompilerFailed) as error:
+        cause = _unwrap(error)
+        if not isinstance(cause, (TernarizeError, OSError)):
+            raise
+        return _fail(output, str(cause), USAGE if isinstance(cause, ConfigError) else FAILURE)
     if arguments.json:
         print(json.dumps(result))
     return FAILURE if result.get("ok") is False else OK
+
+
+def _unwrap(error: BaseException) -> BaseException:
+    """What was raised inside torch.compile, which wraps the errors of its backends."""
+    while isinstance(error, BackendCompilerFailed):
+        error = error.inner_exception
+    return error
 
 
 def _fail(output: Output, message: str, code: int) -> int:

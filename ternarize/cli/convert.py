@@ -35,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="trit planes, 2 bits a weight each: 3 is usable as it is, 1 is a start for training (default 3)",
     )
     parser.add_argument(
+        "--trainable",
+        action="store_true",
+        help="with --planes 1: also write the state that training starts from (training_state.safetensors)",
+    )
+    parser.add_argument(
         "--group-size", type=int, default=128, help="weights that share an exponent; -1 for whole rows (default 128)"
     )
     parser.add_argument(
@@ -99,6 +104,7 @@ def _convert(arguments: argparse.Namespace, config: TernaryConfig, output: Outpu
             exclude=arguments.exclude,
             max_shard_size=arguments.max_shard_size,
             dtype=DTYPES.get(arguments.dtype),
+            trainable=arguments.trainable,
             force=arguments.force,
             progress=advance,
         )

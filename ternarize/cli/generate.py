@@ -25,11 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="use the tokenizer's chat template, if it has one (default)",
     )
+    parser.add_argument("--compile", action="store_true", help='run through torch.compile(model, backend="ternary")')
 
 
 def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
     """Run the verb."""
     model, tokenizer = load(arguments.model)
+    if arguments.compile:
+        model.compile(backend="ternary")
     result = generate(
         model,
         tokenizer,

@@ -8,12 +8,11 @@ from typing import Any
 
 from rich.table import Table
 
-from ternarize.backends.torch.update import row_strips
 from ternarize.checkpoint import PackedCheckpoint, open_checkpoint
 from ternarize.checkpoint.source import Source
 from ternarize.cli.output import Output
 from ternarize.errors import CheckpointError
-from ternarize.packing import ROW, unpack
+from ternarize.packing import ROW, row_strips, unpack
 
 HELP = "show what is in a checkpoint, and check it"
 

@@ -6,10 +6,10 @@ import math
 import torch
 from torch import Tensor
 
-from ternarize.backends.torch.update import FORMS, row_strips
+from ternarize.backends.torch.update import FORMS
 from ternarize.config import TernaryConfig
 from ternarize.errors import ConversionError, ShapeError
-from ternarize.packing import E_MAX, E_MIN, exp2_exact, expand_groups, groups_per_row, largest_level
+from ternarize.packing import E_MAX, E_MIN, exp2_exact, expand_groups, groups_per_row, largest_level, row_strips
 from ternarize.quantize.absmean import absmean_exponents
 from ternarize.quantize.least_squares import least_squares_exponents
 

@@ -10,11 +10,10 @@ from ternarize.backends.torch.update import (
     factored_rule,
     merge_statistics,
     normalisers,
-    row_strips,
     sign_rule,
     sum_groups,
 )
-from ternarize.packing import unpack
+from ternarize.packing import row_strips, unpack
 from tests.backends.kit import assert_close, grad_input, linear, random_weights
 
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
+from ternarize import ternarize
 from ternarize.checkpoint import convert, from_pretrained, open_checkpoint
 from ternarize.checkpoint.source import read_json
 from ternarize.checkpoint.write import write_json
@@ -35,6 +37,31 @@ def test_packed_layers_hold_what_quantize_gives(tiny_checkpoint: Path, tmp_path:
     expected = TernaryLinear.from_levels(quantized.levels, quantized.E, config=CONFIG)
     assert torch.equal(layer.T_packed, expected.T_packed)
     assert torch.equal(layer.E, expected.E)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulator": "int4"}, {"rule": "sign"}], ids=["int8", "int4", "sign"])
+def test_trainable_conversion_starts_training_where_ternarize_does(
+    options: dict[str, Any], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    config = TernaryConfig(group_size=32, **options)
+    convert(tiny_checkpoint, tmp_path / "out", config, trainable=True)
+    converted = from_pretrained(tmp_path / "out", trainable=True)
+    expected = ternarize(LlamaForCausalLM.from_pretrained(tiny_checkpoint), config)
+    left, right = converted.state_dict(), expected.state_dict()
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    name = "model.layers.0.mlp.up_proj.T_accum"
+    assert left[name].any() == (config.rule == "factored")
+
+
+def test_trainable_conversion_needs_one_plane_and_dense_weights(
+    tiny_checkpoint: Path, packed_source: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="one trit plane, not 3"):
+        convert(tiny_checkpoint, tmp_path / "out", CONFIG, trainable=True)
+    with pytest.raises(ConfigError, match="is ternary already"):
+        convert(packed_source, tmp_path / "out", TernaryConfig(), trainable=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_linear_layers_are_told_from_embeddings_by_the_model_class(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -110,6 +110,13 @@ def test_no_eval_still_warns(source: Path, tmp_path: Path, capsys: pytest.Captur
     assert "not usable without training" in captured.err
 
 
+def test_trainable_writes_where_training_starts(source: Path, tmp_path: Path) -> None:
+    call = ["convert", str(source), str(tmp_path / "out"), "--planes", "1", "--trainable", "--no-eval"]
+    assert main(call) == 0
+    state = load_file(tmp_path / "out" / "training_state.safetensors")
+    assert state["model.layers.0.mlp.up_proj.T_accum"].any()
+
+
 def test_eval_measures_both_models_on_the_given_text(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -347,6 +354,7 @@ def test_damaged_packed_sources_are_refused_in_one_line(
         (["--max-shard-size", "big"], "'big'"),
         (["--include", "("], "no regular expression"),
         (["--planes", "4"], "--planes"),
+        (["--trainable"], "trainable needs one trit plane, not 3"),
         (["--eval", "a.txt", "--no-eval"], "not allowed with"),
     ],
 )

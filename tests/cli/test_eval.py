@@ -1,9 +1,13 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from torch._inductor import config as inductor_config
 
+from ternarize.checkpoint import convert
 from ternarize.cli import FAILURE, OK, USAGE, main
+from ternarize.config import TernaryConfig
 from ternarize.evaluate import load, perplexity, sample_text
 
 
@@ -15,6 +19,20 @@ def test_eval_prints_what_perplexity_measures(tiny_checkpoint: Path, capsys: pyt
     assert result["perplexity"] == pytest.approx(expected.perplexity)
     assert result["tokens"] == expected.tokens == 96
     assert result["seconds"] > 0
+
+
+def test_a_compiled_packed_model_has_the_perplexity_of_an_eager_one(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert(tiny_checkpoint, tmp_path / "packed", TernaryConfig(planes=3, group_size=32))
+    call = ["eval", str(tmp_path / "packed"), "--max-tokens", "40", "--json"]
+    perplexities = []
+    # What is vectorised takes the C++ compiler longest.
+    with inductor_config.patch({"cpp.simdlen": 1}):
+        for options in ([], ["--compile"]):
+            assert main([*call, *options]) == OK
+            perplexities.append(json.loads(capsys.readouterr().out)["perplexity"])
+    assert perplexities[1] == pytest.approx(perplexities[0], rel=1e-4)
 
 
 def test_eval_reads_a_text_file_and_prints_a_table(
@@ -54,6 +72,18 @@ def test_eval_of_binary_text_says_where_it_is_broken(
     text.write_bytes(b"abc\xff")
     assert main(["eval", str(tiny_checkpoint), "--text", str(text)]) == USAGE
     assert "at byte 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", ["[]", "{", '{"model_type": []}', '{"quantization_config": "x"}'])
+def test_eval_of_a_model_with_a_broken_config_is_one_line(
+    config: str, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "dense")
+    (folder / "config.json").write_text(config)
+    assert main(["eval", str(folder)]) == FAILURE
+    error = capsys.readouterr().err
+    assert error.startswith("ternarize: error:")
+    assert error.count("\n") == 1
 
 
 def test_eval_of_what_is_no_model_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

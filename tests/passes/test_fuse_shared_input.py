@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
 from ternarize.layer import TernaryLinear
 from ternarize.passes.fuse_shared_input import FuseSharedInputPass
@@ -49,6 +50,49 @@ def test_layers_stay_apart_where_the_input_is_written_between(
         with torch.no_grad():
             torch.testing.assert_close(compile_fresh(model)(x), model(x))
         assert dynamo_graphs.pop() == Counter(linear=2)
+
+
+class CastTwice(nn.Module):
+    """Layers a and b on casts of one x, which is written between the casts."""
+
+    def __init__(self, a: nn.Module, b: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b = a, b
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.0
+        before = x.to(torch.bfloat16)
+        x.add_(1)
+        after = x.to(torch.bfloat16)
+        return torch.cat([self.a(before), self.b(after)], -1)
+
+
+def test_casts_of_an_input_that_is_written_between_them_differ(
+    make_layer: MakeLayer, compile_fresh: Callable[..., Any]
+) -> None:
+    model = CastTwice(make_layer(32, 8), make_layer(32, 8))
+    x = torch.randn(3, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(compile_fresh(model)(x), model(x))
+
+
+class Checkpointed(nn.Module):
+    """Recomputes its module in backward."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(self.module, x, use_reentrant=False)
+        return y
+
+
+def test_layers_are_merged_where_activations_are_checkpointed(
+    block: nn.Module, assert_trains_equal: Callable[..., None], lowered_graphs: Graphs
+) -> None:
+    assert_trains_equal(Checkpointed(block), torch.randn(2, 5, 32))
+    assert [graph["update_stage_torch"] for graph in lowered_graphs] == [0, 4]
 
 
 def test_layers_with_different_groups_stay_apart(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ternarize import guard
 from ternarize.backends import select
@@ -60,6 +61,20 @@ def test_one_guard_for_the_loss_and_none_without_one(
     model.layer.freeze()
     compile_fresh(model)(torch.randn(3, 32, requires_grad=True), torch.tensor(0.0))
     assert dynamo_graphs.pop() == Counter(linear=1)
+
+
+def test_a_loss_behind_checkpointed_layers_is_guarded_and_they_are_explained(
+    make_layer: MakeLayer, compile_fresh: Callable[..., Any]
+) -> None:
+    layer = make_layer(32, 8)
+
+    def loss_of(x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(layer, x, use_reentrant=False)
+        return y.square().mean() + torch.nan
+
+    compile_fresh(loss_of)(torch.randn(3, 32)).backward()
+    assert layer.status.tolist() == [NONFINITE_LOSS, 1]
+    assert layer.choices["training"][0] == "torch"
 
 
 class FakeTileLang:

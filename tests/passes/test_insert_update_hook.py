@@ -5,11 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from ternarize.errors import TernarizeError
 from ternarize.layer import TernaryLinear, ternary_layers
-from ternarize.passes.insert_update_hook import InsertUpdateHookPass
 
 MakeLayer = Callable[..., TernaryLinear]
 Graphs = list[Counter[str]]
@@ -73,13 +71,25 @@ def test_frozen_layers_get_no_hook(
     assert lowered_graphs == [Counter(linear_torch=1), Counter(grad_input_torch=1)]
 
 
-def test_a_lost_hook_is_an_error(make_layer: MakeLayer) -> None:
-    layer = make_layer(32, 8)
-    graph = fx.Graph()
-    x, *state = (graph.placeholder(name) for name in ("x", "anchor", "T", "E", "stage", "status"))
-    weights = ([state[1]], [state[2]], [None], [None], [None])
-    staged: tuple[list[Any], ...] = ([], [], [], [state[3]], [], [], [], [state[4]])
-    call = torch.ops.ternarize.linear_train.default
-    graph.output(graph.call_function(call, (x, state[0], *weights, *staged, layer.group_size, layer.rule)))
-    with pytest.raises(TernarizeError, match="1 ternary layers and 0 update hooks"):
-        InsertUpdateHookPass()(graph)
+class Detached(nn.Module):
+    """Three layers, of which only the first gets a gradient; the others may share its input."""
+
+    def __init__(self, layers: list[TernaryLinear], shift: float) -> None:
+        super().__init__()
+        self.trained, self.detached, self.unused = layers
+        self.shift = shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x + self.shift if self.shift else x
+        self.unused(h)
+        y: Tensor = self.trained(x) * self.detached(h).detach()
+        return y
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0], ids=["merged", "apart"])
+def test_layers_without_a_gradient_stay_as_they_are(
+    make_layer: MakeLayer, assert_trains_equal: Callable[..., None], shift: float
+) -> None:
+    model = Detached([make_layer(32, 8) for _ in range(3)], shift)
+    assert_trains_equal(model, torch.randn(3, 32))
+    assert [layer.status.tolist() for _, layer in ternary_layers(model)] == [[0, 1], [0, 0], [0, 0]]

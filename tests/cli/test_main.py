@@ -1,0 +1,65 @@
+"""What all verbs share: the version, and errors from inside torch.compile."""
+
+import importlib.metadata
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from ternarize.checkpoint import convert
+from ternarize.cli import FAILURE, USAGE, main
+from ternarize.config import TernaryConfig
+
+
+@pytest.fixture
+def packed(tiny_checkpoint: Path, tmp_path: Path) -> Iterator[Path]:
+    torch._dynamo.reset()
+    convert(tiny_checkpoint, tmp_path / "packed", TernaryConfig(planes=3, group_size=32))
+    yield tmp_path / "packed"
+    torch._dynamo.reset()
+
+
+def test_version_is_that_of_the_installed_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"ternarize {importlib.metadata.version('ternarize')}\n"
+
+
+def test_without_a_verb_the_help_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=str(USAGE)):
+        main([])
+    error = capsys.readouterr().err
+    assert "see ternarize --help" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "verb", [["eval", "--max-tokens", "40"], ["generate", "--prompt", "hello"]], ids=["eval", "generate"]
+)
+@pytest.mark.parametrize(
+    ("kernels", "code", "message"),
+    [
+        ("foo", USAGE, "TERNARIZE_BACKEND is 'foo': use one of auto, tilelang, triton, torch"),
+        pytest.param(
+            "tilelang",
+            FAILURE,
+            "kernels=tilelang cannot run linear: the tensors are on cpu, need cuda; use auto",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="shows what a machine without a GPU refuses"),
+        ),
+    ],
+)
+def test_errors_inside_torch_compile_are_one_line(
+    verb: list[str],
+    kernels: str,
+    code: int,
+    message: str,
+    packed: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TERNARIZE_BACKEND", kernels)
+    assert main([*verb, str(packed), "--compile"]) == code
+    error = capsys.readouterr().err
+    assert error.startswith(f"ternarize: error: {message}")
+    assert error.count("\n") == 1

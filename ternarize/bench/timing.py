@@ -6,7 +6,9 @@ runs by CUDA graphs. Each call of the graph works on another copy of the weight,
 times the L2 cache, so that every call reads its weight from memory, as a model with many layers does.
 """
 
+import contextlib
 import dataclasses
+import functools
 import math
 import statistics
 import time
@@ -72,11 +74,17 @@ class _HostPass:
         return (time.perf_counter() - start) / len(self._calls)
 
 
+@functools.cache
+def _capture_stream() -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream()
+
+
 class _GraphPass:
     def __init__(self, calls: Sequence[Call]) -> None:
-        # A stream of its own, entered out here: a capture that fails may leave its stream the current one.
-        stream = torch.cuda.Stream()
+        stream = _capture_stream()
         stream.wait_stream(torch.cuda.current_stream())
+        # Entered here too: a capture that fails leaves its stream the current one.
         with torch.cuda.stream(stream):
             # Twice: the first makes handles and workspaces of this stream and loads kernels.
             for _ in range(2):
@@ -85,14 +93,23 @@ class _GraphPass:
                     call()
                 stream.synchronize()
             loops = max(1, math.ceil(REPLAY_SECONDS / (time.perf_counter() - start)))
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=stream):
-                for call in list(calls) * loops:
-                    self.output = call()
+            self._capture(list(calls) * loops, stream)
         # The graph knows addresses only: the calls keep their operands alive.
         self._calls, self._loops = calls, loops
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.run()
+
+    def _capture(self, calls: Sequence[Call], stream: torch.cuda.Stream) -> None:
+        self._graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.graph(self._graph, pool=pool, stream=stream):
+                for call in calls:
+                    self.output = call()
+        except Exception:
+            # Of a capture that CUDA has given up the allocator never learns the end, and later captures would fail too.
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+            raise
 
     def run(self) -> float:
         # The first replay is not timed: it leaves the caches as these calls do, and while it runs the second is

@@ -3,10 +3,10 @@
 import argparse
 import datetime
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from rich.markup import escape
 from rich.table import Table
 
 from ternarize import ops
@@ -72,7 +72,9 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
         "versions": versions(),
     }
     found = [f"{name} {version}" for name, version in report["versions"].items() if version]
-    output.console.print(f"{report['date']}, {report['device']['name']}, {', '.join(found)}", highlight=False)
+    output.console.print(
+        f"{report['date']}, {report['device']['name']}, {', '.join(found)}", highlight=False, soft_wrap=True
+    )
     measured: dict[str, Any] = arguments.measure(arguments, output, device)
     return {**report, **measured}
 
@@ -121,7 +123,9 @@ def _linear(arguments: argparse.Namespace, output: Output, device: torch.device)
     ceilings = measure_ceilings(plan)
     rates = ", ".join(f"{name} {rate / 1e12:.4g} TFLOP/s" for name, rate in ceilings.flops_per_second.items())
     output.console.print(
-        f"{command}\nceilings: copy {ceilings.bytes_per_second / 1e9:.4g} GB/s, {rates}", highlight=False
+        f"{command}\nceilings: copy {ceilings.bytes_per_second / 1e9:.4g} GB/s, {rates}",
+        highlight=False,
+        soft_wrap=True,
     )
     cells = []
     for N, K in arguments.shapes:
@@ -132,6 +136,8 @@ def _linear(arguments: argparse.Namespace, output: Output, device: torch.device)
                 measured.append(cell)
                 progress.advance(task)
         output.console.print(_table(N, K, measured, ceilings))
+        for line in _reasons(measured):
+            output.console.print(line, markup=False, highlight=False, soft_wrap=True)
         cells += [_row(result, cell, ceilings) for cell in measured for result in cell]
     return {
         "command": command,
@@ -180,8 +186,8 @@ def _row(result: Result, cell: list[Result], ceilings: Ceilings) -> dict[str, An
 
 def _table(N: int, K: int, measured: list[list[Result]], ceilings: Ceilings) -> Table:
     table = Table(title=f"{N} x {K} (out x in features)")
-    for name in ("tokens", "kernel", "µs", "x dense", "rate", "% of floor", "error", "why not"):
-        table.add_column(name, justify="left" if name in ("kernel", "why not") else "right")
+    for name in ("tokens", "kernel", "µs", "x dense", "rate", "% floor", "error"):
+        table.add_column(name, justify="left" if name == "kernel" else "right", no_wrap=True)
     for cell in measured:
         for result in cell:
             row = _row(result, cell, ceilings)
@@ -193,10 +199,20 @@ def _table(N: int, K: int, measured: list[list[Result]], ceilings: Ceilings) -> 
                 _rate(row),
                 _number(row.get("percent_of_floor"), "{:.0f}"),
                 _number(result.error, "{:.1e}"),
-                escape(result.reason),
             )
         table.add_section()
     return table
+
+
+def _reasons(measured: list[list[Result]]) -> Iterator[str]:
+    """A line for each reason that something has no time, with the tokens that it holds for."""
+    tokens: dict[tuple[str, str, str], list[str]] = {}
+    for cell in measured:
+        for result in cell:
+            if result.reason:
+                tokens.setdefault((result.contender, result.status, result.reason), []).append(str(result.tokens))
+    for (contender, status, reason), where in tokens.items():
+        yield f"{contender}, {', '.join(where)} tokens: {status}: {reason}"
 
 
 def _rate(row: dict[str, Any]) -> str:

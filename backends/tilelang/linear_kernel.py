@@ -124,8 +124,12 @@ def linear_program(
                     decode_weight,
                     T.access_ptr(packed, "r"),
                     T.access_ptr(weight, "w"),
-                    T.call_extern("int32", "ternarize::half_scale_bits", T.cast(E[n0 + row, k], T.int32)),
-                    T.call_extern("int32", "ternarize::half_scale_bits", T.cast(E[n0 + row + 8, k], T.int32)),
+                    # Rows past the last read its exponent: TileLang would guard a read out of bounds by leaving the
+                    # whole call out, and with it the row that is there.
+                    T.call_extern("int32", "ternarize::half_scale_bits", T.cast(E[T.min(n0 + row, N - 1), k], T.int32)),
+                    T.call_extern(
+                        "int32", "ternarize::half_scale_bits", T.cast(E[T.min(n0 + row + 8, N - 1), k], T.int32)
+                    ),
                 )
                 if scaled:
                     T.gemm(weight, s_x, accumulator, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)

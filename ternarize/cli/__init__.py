@@ -1,6 +1,7 @@
 """The command line: one file a verb, each with HELP, add_arguments(parser) and run(arguments, output)."""
 
 import argparse
+import contextlib
 import importlib
 import json
 import sys
@@ -13,7 +14,7 @@ from ternarize.checkpoint.format import tool_version
 from ternarize.cli.output import Output
 from ternarize.errors import ConfigError, TernarizeError
 
-VERBS = ("convert", "inspect", "eval", "generate", "doctor")
+VERBS = ("convert", "inspect", "eval", "generate", "bench", "doctor")
 
 OK, FAILURE, USAGE = 0, 1, 2
 
@@ -33,17 +34,29 @@ def build_parser() -> argparse.ArgumentParser:
         module = importlib.import_module(f"ternarize.cli.{verb}")
         sub = verbs.add_parser(verb, help=module.HELP, description=module.HELP)
         module.add_arguments(sub)
-        sub.add_argument("--json", action="store_true", help="print one JSON object on standard output, nothing else")
-        sub.add_argument("--quiet", action="store_true", help="no progress bars")
+        sub.set_defaults(json=False, quiet=False)
+        add_output_arguments(sub)
     return parser
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """--json and --quiet, of a verb or sub-verb; a sub-verb without them leaves what the verb was given."""
+    for option, meaning in (
+        ("--json", "print one JSON object on standard output, nothing else"),
+        ("--quiet", "no progress bars"),
+    ):
+        parser.add_argument(option, action="store_true", default=argparse.SUPPRESS, help=meaning)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns 0 if it worked, 1 if not, 2 for a wrong call."""
     arguments = build_parser().parse_args(argv)
     output = Output(as_json=arguments.json, quiet=arguments.quiet)
+    # Compilers of kernels log to standard output.
+    elsewhere = contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext()
     try:
-        result: dict[str, Any] = importlib.import_module(f"ternarize.cli.{arguments.verb}").run(arguments, output)
+        with elsewhere:
+            result: dict[str, Any] = importlib.import_module(f"ternarize.cli.{arguments.verb}").run(arguments, output)
     except KeyboardInterrupt:
         return _fail(output, "interrupted", 130)
     except (TernarizeError, OSError, BackendCompilerFailed) as error:

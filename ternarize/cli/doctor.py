@@ -1,12 +1,8 @@
 """``ternarize doctor``: what is installed, which kernels run here, and whether they compute the right numbers."""
 
 import argparse
-import importlib
-import importlib.metadata
 import os
-import platform
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ from torch import Tensor
 
 from ternarize import ops
 from ternarize.backends.select import Phase, choose, facts_of, verify
+from ternarize.cli.machine import describe, versions
 from ternarize.cli.output import Output
 from ternarize.config import Kernels, TernaryConfig, kernels_policy
 from ternarize.errors import KernelError
@@ -23,8 +20,6 @@ from ternarize.evaluate import default_device
 from ternarize.layer import TernaryLinear
 
 HELP = "show versions and devices, and check every kernel that can run here against the torch reference"
-
-PACKAGES = ("ternarize", "torch", "triton", "tilelang", "transformers", "gguf", "safetensors", "numpy")
 
 #: The ops that each backend is checked on.
 STEMS: dict[str, tuple[str, ...]] = {
@@ -46,8 +41,8 @@ def run(_: argparse.Namespace, output: Output) -> dict[str, Any]:
     checks = {backend: check_backend(backend, device) for backend in STEMS}
     used = {choice["backend"] for choice in choices.values() if choice["backend"]}
     report = {
-        "versions": _versions(),
-        "device": _device(device),
+        "versions": versions(),
+        "device": describe(device),
         "policy": policy,
         "choices": choices,
         "backends": checks,
@@ -58,38 +53,6 @@ def run(_: argparse.Namespace, output: Output) -> dict[str, Any]:
     }
     _print(report, output)
     return report
-
-
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    versions["CUDA"] = torch.version.cuda
-    versions["driver"] = _driver()
-    return versions
-
-
-def _driver() -> str | None:
-    if shutil.which("nvidia-smi") is None:
-        return None
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=False)
-    return answer.stdout.split("\n")[0].strip() or None
-
-
-def _device(device: torch.device) -> dict[str, Any]:
-    if device.type != "cuda":
-        return {"type": device.type, "name": platform.machine(), "threads": torch.get_num_threads()}
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        "type": device.type,
-        "name": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "memory_bytes": properties.total_memory,
-    }
 
 
 def _caches() -> dict[str, dict[str, Any]]:

@@ -5,7 +5,16 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 
 class Output:
@@ -25,15 +34,18 @@ class Output:
     @contextmanager
     def bytes_progress(self) -> Iterator[Progress]:
         """A progress display whose tasks count bytes, with speed and time left."""
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self._errors, disable=self._progress_off, transient=True) as progress:
+        with self._progress(DownloadColumn(), TransferSpeedColumn()) as progress:
             yield progress
+
+    @contextmanager
+    def steps_progress(self) -> Iterator[Progress]:
+        """A progress display whose tasks count steps, with time left."""
+        with self._progress(MofNCompleteColumn()) as progress:
+            yield progress
+
+    def _progress(self, *counts: ProgressColumn) -> Progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn())
+        return Progress(*columns, console=self._errors, disable=self._progress_off, transient=True)
 
     def warn(self, message: str) -> None:
         """One line on standard error, also with --json."""

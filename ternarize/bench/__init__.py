@@ -1,0 +1,1 @@
+"""Measurements of speed that check the result first: what ``ternarize bench`` runs."""

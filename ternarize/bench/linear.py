@@ -1,0 +1,200 @@
+"""One linear layer of many shapes: every kernel and baseline, checked against float64, then timed."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ternarize.bench.contenders import DENSE, Contender, baselines, random_contenders
+from ternarize.bench.timing import Pass, record, time_in_turns
+from ternarize.config import TernaryConfig
+
+Status = Literal["ok", "wrong", "failed", "not run"]
+
+#: Tokens of a result that are compared with float64, at most.
+CHECKED_TOKENS = 256
+
+#: Bytes of the copy that measures memory bandwidth, and side of the square product that measures a rate. What the CPU
+#: gets only keeps the columns filled.
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**24}
+SIDE = {"cuda": 8192, "cpu": 64}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to measure of a layer, and how."""
+
+    tokens: tuple[int, ...]
+    config: TernaryConfig
+    """Of the layer: group size and planes."""
+    dtype: torch.dtype
+    """Of x, bfloat16 or float16."""
+    kernels: tuple[str, ...]
+    """Backends of the op `linear`."""
+    device: torch.device
+    seconds_per_cell: float
+    """Of timed rounds, for one shape and number of tokens, all contenders together."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ceilings:
+    """What this device reaches, measured in the same run."""
+
+    bytes_per_second: float
+    """Of a device-to-device copy, read and written bytes counted."""
+    flops_per_second: dict[str, float]
+    """Of a large square product by each baseline that runs here."""
+
+    def floor(self, result: "Result") -> float | None:
+        """The least seconds that a result's bytes and arithmetic take, the larger of the two; None if not known."""
+        rate = self.flops_per_second.get(result.rate)
+        return None if rate is None else max(result.bytes / self.bytes_per_second, result.flops / rate)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Result:
+    """One contender at one shape and number of tokens. Times and errors are None where there are none."""
+
+    out_features: int
+    in_features: int
+    tokens: int
+    contender: str
+    status: Status = "ok"
+    reason: str = ""
+    """Why it is not ok."""
+    error: float | None = None
+    """Relative, in the 2-norm, against float64."""
+    seconds: float | None = None
+    spread: float | None = None
+    """Of the samples, see `ternarize.bench.timing.Timing`."""
+    rate: str = ""
+    """Of `Ceilings.flops_per_second`, the one that bounds it."""
+    bytes: int = 0
+    """Weight, x and y, each once."""
+
+    @property
+    def flops(self) -> int:
+        """Two for each weight and token, also where some of the weights are zero."""
+        return 2 * self.tokens * self.out_features * self.in_features
+
+
+def measure_shape(N: int, K: int, plan: Plan) -> Iterator[list[Result]]:
+    """Measure one layer; yields the results of one number of tokens at a time.
+
+    Whatever a contender raises becomes a result with the status "failed". If not even the operands can be made, there
+    is one such result, of the contender "all", for the whole cell.
+    """
+    try:
+        contenders = random_contenders(N, K, plan.config, plan.dtype, plan.kernels, plan.device)
+    except Exception as error:  # out of memory, or a GPU that an earlier kernel has broken
+        for M in plan.tokens:
+            yield [_failed(N, K, M, error)]
+        return
+    for M in plan.tokens:
+        try:
+            yield measure_cell(contenders, M, plan)
+        except Exception as error:  # as above
+            yield [_failed(N, K, M, error)]
+
+
+def _failed(N: int, K: int, M: int, error: Exception) -> Result:
+    return Result(out_features=N, in_features=K, tokens=M, contender="all", status="failed", reason=_one_line(error))
+
+
+def _one_line(error: Exception) -> str:
+    first, *_ = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {first[:200]}"
+
+
+def measure_cell(contenders: list[Contender], M: int, plan: Plan) -> list[Result]:
+    """Check every contender, then time those that are right in turns, then check what the timed calls left behind."""
+    generator = torch.Generator(plan.device).manual_seed(M)
+    K = contenders[0].weight.shape[1]
+    x = torch.randn(M, K, dtype=plan.dtype, device=plan.device, generator=generator)
+    rows = sample_rows(M, plan.device)
+    entrants = [_Entrant(contender, x, rows) for contender in contenders]
+    running = [(entrant, entrant.timed) for entrant in entrants if entrant.timed is not None]
+    timings = time_in_turns([timed for _, timed in running], plan.seconds_per_cell)
+    for (entrant, timed), timing in zip(running, timings, strict=True):
+        # One call running into the next is an error that shows only here.
+        if entrant.check(timed.output, "in the timed calls"):
+            entrant.result.seconds, entrant.result.spread = timing.seconds, timing.spread
+    return [entrant.result for entrant in entrants]
+
+
+class _Entrant:
+    """A contender in one cell: its result so far, and the pass to time unless it cannot run or is wrong."""
+
+    def __init__(self, contender: Contender, x: Tensor, rows: Tensor) -> None:
+        (M, K), N = x.shape, contender.weight.shape[0]
+        self.result = Result(out_features=N, in_features=K, tokens=M, contender=contender.name, rate=contender.rate)
+        self.timed: Pass | None = None
+        self._tolerance, self._rows = contender.tolerance, rows
+        try:
+            refusal = contender.refusal(x)
+            if refusal is None:
+                self.timed = self._prepare(contender, x)
+            else:
+                self.result.status, self.result.reason = "not run", refusal
+        except Exception as error:  # whatever a kernel or its compiler raises is the finding
+            self.result.status, self.result.reason = "failed", _one_line(error)
+
+    def _prepare(self, contender: Contender, x: Tensor) -> Pass | None:
+        operand = contender.operand(x)
+        self._exact = _float64(operand)[self._rows] @ _float64(contender.weight).t()
+        # Where the result will probably lie: what an earlier call left there would hide what is not written.
+        x.new_full((x.shape[0], contender.weight.shape[0]), torch.nan)
+        y = contender.multiply(operand, *contender.copies[0])
+        self.result.bytes = contender.weight_bytes + operand.nbytes + y.nbytes
+        if not self.check(y, "in the first call"):
+            return None
+        return record([functools.partial(contender.multiply, operand, *copy) for copy in contender.copies], x.device)
+
+    def check(self, y: Tensor, when: str) -> bool:
+        """Compare the sampled rows of a result with float64."""
+        error = float((y[self._rows].double() - self._exact).norm() / self._exact.norm())
+        self.result.error = error
+        # Written so that NaN fails.
+        right = error <= self._tolerance
+        if not right:
+            self.result.status = "wrong"
+            self.result.reason = f"relative error {error:.1e} {when}, allowed is {self._tolerance:.1e}"
+        return right
+
+
+def _float64(values: Tensor) -> Tensor:
+    # By way of float32, the one dtype that float8 surely converts to.
+    return values.to(torch.float32).double()
+
+
+def sample_rows(M: int, device: torch.device) -> Tensor:
+    """Up to `CHECKED_TOKENS` rows, one at random from each equal part, so that no tile of as many rows is missed."""
+    parts = min(M, CHECKED_TOKENS)
+    starts = torch.arange(parts + 1, device=device) * M // parts
+    lengths = starts.diff()
+    return starts[:-1] + (torch.rand(parts, device=device) * lengths).long().minimum(lengths - 1)
+
+
+def measure_ceilings(plan: Plan) -> Ceilings:
+    """Measure bandwidth and the rates of the baselines; a baseline that cannot run has none."""
+    device = plan.device
+    source = torch.randint(0, 256, (COPY_BYTES[device.type],), dtype=torch.uint8, device=device)
+    destination = torch.empty_like(source)
+    (copy,) = time_in_turns([record([lambda: destination.copy_(source)], device)], plan.seconds_per_cell)
+    side = SIDE[device.type]
+    weight = torch.randn(side, side, dtype=plan.dtype, device=device)
+    products = measure_cell(baselines(weight), side, plan)
+    return Ceilings(
+        bytes_per_second=2 * source.nbytes / copy.seconds,
+        flops_per_second={
+            result.contender: result.flops / result.seconds for result in products if result.seconds is not None
+        },
+    )
+
+
+def dense_seconds(cell: list[Result]) -> float | None:
+    """The time of the baseline in the dtype of x."""
+    return next((result.seconds for result in cell if result.contender == DENSE), None)

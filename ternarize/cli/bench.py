@@ -1,0 +1,228 @@
+"""``ternarize bench``: speed, checked against float64 first. Each sub-verb measures one thing."""
+
+import argparse
+import datetime
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from ternarize import ops
+from ternarize.bench.linear import Ceilings, Plan, Result, dense_seconds, measure_ceilings, measure_shape
+from ternarize.cli import add_output_arguments
+from ternarize.cli.machine import describe, versions
+from ternarize.cli.output import Output
+from ternarize.config import TernaryConfig
+from ternarize.errors import ConfigError, ShapeError
+from ternarize.evaluate import default_device
+
+HELP = "measure speed against dense PyTorch; a wrong result gets no time"
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+#: Projections of models of 8B and 70B, and of small models with odd sizes.
+SHAPES = "4096x4096,14336x4096,4096x14336,28672x8192,8192x28672,5120x13824,1536x8960,2560x6912"
+
+#: From here on the table shows TFLOP/s in place of GB/s: on Hopper a dense bfloat16 product turns from one bound to the
+#: other at about 200 tokens. The JSON object has both.
+MANY_TOKENS = 128
+
+TOKENS = "1,4,16,64,256,1024,4096"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One sub-parser for each thing to measure, whose default ``measure`` is the function that does."""
+    what = parser.add_subparsers(required=True, metavar="WHAT")
+    linear = what.add_parser("linear", help="one ternary layer beside dense products, over shapes and tokens")
+    linear.set_defaults(measure=_linear)
+    linear.add_argument(
+        "--shapes", type=_shapes, default=SHAPES, metavar="NxK,...", help=f"out x in features (default {SHAPES})"
+    )
+    linear.add_argument("--tokens", type=_tokens, default=TOKENS, metavar="M,...", help=f"rows of x (default {TOKENS})")
+    linear.add_argument(
+        "--group-size", type=int, default=128, help="weights that share an exponent; -1 for whole rows (default 128)"
+    )
+    linear.add_argument("--planes", type=int, choices=(1, 2, 3), default=1, help="trit planes (default 1)")
+    linear.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of x (default bfloat16)")
+    linear.add_argument(
+        "--kernels",
+        type=_kernels,
+        default=",".join(ops.BACKENDS),
+        metavar="NAME,...",
+        help=f"ternary kernels to measure (default {','.join(ops.BACKENDS)})",
+    )
+    linear.add_argument(
+        "--seconds-per-cell",
+        type=float,
+        default=0.5,
+        metavar="S",
+        help="of timing, for one shape and number of tokens, everything together (default 0.5)",
+    )
+    add_output_arguments(linear)
+
+
+def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
+    """Run the sub-verb; its report, and what it was measured on."""
+    device = default_device()
+    report: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": describe(device),
+        "versions": versions(),
+    }
+    found = [f"{name} {version}" for name, version in report["versions"].items() if version]
+    output.console.print(
+        f"{report['date']}, {report['device']['name']}, {', '.join(found)}", highlight=False, soft_wrap=True
+    )
+    measured: dict[str, Any] = arguments.measure(arguments, output, device)
+    return {**report, **measured}
+
+
+def _shapes(text: str) -> tuple[tuple[int, int], ...]:
+    shapes = []
+    for part in text.split(","):
+        sides = part.split("x")
+        if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
+            raise argparse.ArgumentTypeError(f"{part!r} is no shape: write out x in features, as in 14336x4096")
+        shapes.append((int(sides[0]), int(sides[1])))
+    return tuple(shapes)
+
+
+def _tokens(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    for part in parts:
+        if not part.isdecimal() or not int(part):
+            raise argparse.ArgumentTypeError(f"{part!r} is no number of tokens: write them as in 1,16,256")
+    return tuple(int(part) for part in parts)
+
+
+def _kernels(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in ops.BACKENDS:
+            raise argparse.ArgumentTypeError(f"{name!r} is no kernel: use some of {','.join(ops.BACKENDS)}")
+    return names
+
+
+def _linear(arguments: argparse.Namespace, output: Output, device: torch.device) -> dict[str, Any]:
+    try:
+        config = TernaryConfig(planes=arguments.planes, group_size=arguments.group_size)
+    except ShapeError as error:
+        # Here a wrong group size is a wrong call.
+        raise ConfigError(f"--group-size: {error}") from None
+    plan = Plan(
+        tokens=arguments.tokens,
+        config=config,
+        dtype=DTYPES[arguments.dtype],
+        kernels=arguments.kernels,
+        device=device,
+        seconds_per_cell=arguments.seconds_per_cell,
+    )
+    command = _command(arguments)
+    ceilings = measure_ceilings(plan)
+    rates = ", ".join(f"{name} {rate / 1e12:.4g} TFLOP/s" for name, rate in ceilings.flops_per_second.items())
+    output.console.print(
+        f"{command}\nceilings: copy {ceilings.bytes_per_second / 1e9:.4g} GB/s, {rates}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    cells = []
+    for N, K in arguments.shapes:
+        measured = []
+        with output.steps_progress() as progress:
+            task = progress.add_task(f"{N} x {K}", total=len(plan.tokens))
+            for cell in measure_shape(N, K, plan):
+                measured.append(cell)
+                progress.advance(task)
+        output.console.print(_table(N, K, measured, ceilings))
+        for line in _reasons(measured):
+            output.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        cells += [_row(result, cell, ceilings) for cell in measured for result in cell]
+    return {
+        "command": command,
+        "ceilings": {
+            "gigabytes_per_second": ceilings.bytes_per_second / 1e9,
+            "teraflops_per_second": {name: rate / 1e12 for name, rate in ceilings.flops_per_second.items()},
+        },
+        "cells": cells,
+        "ok": all(row["status"] in ("ok", "not run") for row in cells),
+    }
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """The call with every default written out: it measures the same when defaults change."""
+    shapes = ",".join(f"{N}x{K}" for N, K in arguments.shapes)
+    return (
+        f"ternarize bench linear --shapes {shapes} --tokens {','.join(map(str, arguments.tokens))} "
+        f"--group-size {arguments.group_size} --planes {arguments.planes} --dtype {arguments.dtype} "
+        f"--kernels {','.join(arguments.kernels)} --seconds-per-cell {arguments.seconds_per_cell:g}"
+    )
+
+
+def _row(result: Result, cell: list[Result], ceilings: Ceilings) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "out_features": result.out_features,
+        "in_features": result.in_features,
+        "tokens": result.tokens,
+        "contender": result.contender,
+        "status": result.status,
+        "reason": result.reason,
+        # JSON has neither NaN nor Inf.
+        "relative_error": None if result.error is None or not math.isfinite(result.error) else result.error,
+    }
+    if result.seconds is None:
+        return row
+    dense, floor = dense_seconds(cell), ceilings.floor(result)
+    return row | {
+        "microseconds": result.seconds * 1e6,
+        "spread": result.spread,
+        "times_dense": None if dense is None else dense / result.seconds,
+        "gigabytes_per_second": result.bytes / result.seconds / 1e9,
+        "teraflops_per_second": result.flops / result.seconds / 1e12,
+        "percent_of_floor": None if floor is None else 100 * floor / result.seconds,
+    }
+
+
+def _table(N: int, K: int, measured: list[list[Result]], ceilings: Ceilings) -> Table:
+    table = Table(title=f"{N} x {K} (out x in features)")
+    for name in ("tokens", "kernel", "µs", "x dense", "rate", "% floor", "error"):
+        table.add_column(name, justify="left" if name == "kernel" else "right", no_wrap=True)
+    for cell in measured:
+        for result in cell:
+            row = _row(result, cell, ceilings)
+            table.add_row(
+                str(result.tokens),
+                result.contender,
+                _number(row.get("microseconds"), "{:.1f}") or result.status,
+                _number(row.get("times_dense"), "{:.2f}"),
+                _rate(row),
+                _number(row.get("percent_of_floor"), "{:.0f}"),
+                _number(result.error, "{:.1e}"),
+            )
+        table.add_section()
+    return table
+
+
+def _reasons(measured: list[list[Result]]) -> Iterator[str]:
+    """A line for each reason that something has no time, with the tokens that it holds for."""
+    tokens: dict[tuple[str, str, str], list[str]] = {}
+    for cell in measured:
+        for result in cell:
+            if result.reason:
+                tokens.setdefault((result.contender, result.status, result.reason), []).append(str(result.tokens))
+    for (contender, status, reason), where in tokens.items():
+        yield f"{contender}, {', '.join(where)} tokens: {status}: {reason}"
+
+
+def _rate(row: dict[str, Any]) -> str:
+    """Bytes a second of few tokens, whose time is reading the weight; arithmetic a second of many."""
+    if "microseconds" not in row:
+        return ""
+    if row["tokens"] < MANY_TOKENS:
+        return f"{row['gigabytes_per_second']:.0f} GB/s"
+    return f"{row['teraflops_per_second']:.3g} TFLOP/s"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)

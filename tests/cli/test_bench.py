@@ -1,0 +1,96 @@
+import json
+
+import pytest
+import torch
+from torch import Tensor
+
+from ternarize import ops
+from ternarize.cli import FAILURE, OK, USAGE, main
+
+SMALL = ["--shapes", "32x64,40x100", "--tokens", "1,17", "--kernels", "torch", "--seconds-per-cell", "0"]
+
+
+def test_bench_linear_reports_every_cell_and_what_it_ran_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["bench", "linear", *SMALL, "--group-size", "32", "--planes", "2", "--dtype", "float16", "--json"]) == OK
+    )
+    report = json.loads(capsys.readouterr().out)
+    assert report["command"] == (
+        "ternarize bench linear --shapes 32x64,40x100 --tokens 1,17 --group-size 32 --planes 2 --dtype float16 "
+        "--kernels torch --seconds-per-cell 0"
+    )
+    assert report["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert report["device"]["name"]
+    assert report["date"].endswith("+00:00")
+    assert report["ceilings"]["gigabytes_per_second"] > 0
+    cells = {
+        (cell["out_features"], cell["in_features"], cell["tokens"], cell["contender"]): cell for cell in report["cells"]
+    }
+    assert len(cells) == 2 * 2 * 4
+    kernel, dense = cells[40, 100, 17, "torch"], cells[40, 100, 17, "dense"]
+    assert kernel["times_dense"] == pytest.approx(dense["microseconds"] / kernel["microseconds"])
+    assert kernel["teraflops_per_second"] == pytest.approx(2 * 40 * 100 * 17 / kernel["microseconds"] * 1e-6)
+    assert kernel["percent_of_floor"] > 0
+    refused = cells[40, 100, 17, "fp8"]
+    assert refused["status"] == "not run"
+    assert "microseconds" not in refused
+
+
+def test_bench_linear_prints_a_table_a_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "linear", *SMALL]) == OK
+    out = capsys.readouterr().out
+    for words in (
+        "32 x 64 (out x in features)",
+        "40 x 100 (out x in features)",
+        "ceilings: copy",
+        "--planes 1",
+        "GB/s",
+    ):
+        assert words in out
+    assert "int8, 1, 17 tokens: not run: torch._int_mm needs multiples of 8, got 40x100\n" in out
+
+
+def test_a_wrong_kernel_fails_the_run_and_gets_no_time(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(x: Tensor, T_packed: list[Tensor], *_: object) -> list[Tensor]:
+        print("a compiler's message")
+        return [x.new_full((x.shape[0], T_packed[0].shape[0]), torch.nan)]
+
+    monkeypatch.setattr(ops, "lowered", lambda *_: wrong)
+    assert main(["bench", "--json", "linear", *SMALL]) == FAILURE
+    captured = capsys.readouterr()
+    assert "a compiler's message" in captured.err
+    report = json.loads(captured.out)
+    assert report["ok"] is False
+    results = [cell for cell in report["cells"] if cell["contender"] == "torch"]
+    assert [cell["status"] for cell in results] == ["wrong"] * 4
+    assert all("microseconds" not in cell and cell["relative_error"] is None for cell in results)
+    assert main(["bench", "linear", *SMALL]) == FAILURE
+    assert "wrong" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "WHAT"),
+        (["linear", "--shapes", "64"], "'64' is no shape"),
+        (["linear", "--shapes", "0x64"], "'0x64' is no shape"),
+        (["linear", "--tokens", "1,0"], "'0' is no number of tokens"),
+        (["linear", "--kernels", "cuda"], "'cuda' is no kernel"),
+    ],
+)
+def test_a_wrong_call_of_bench_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["bench", *arguments])
+    assert exit_info.value.code == USAGE
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_group_size_that_means_nothing_is_a_wrong_call(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "linear", "--group-size", "3"]) == USAGE
+    assert "--group-size" in capsys.readouterr().err

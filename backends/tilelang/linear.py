@@ -23,7 +23,8 @@ _MIDDLE = Tile(BLOCK_M=64, BLOCK_N=64, stages=4, blocks_per_multiprocessor=2)
 _MIDDLE_WIDE = Tile(BLOCK_M=64, BLOCK_N=128, stages=4)
 #: The tensor cores are all the time. With groups of 256 its stages fill 216 of the 227 KiB of shared memory.
 _WIDE = Tile(BLOCK_M=128, BLOCK_N=128, stages=3)
-#: The fastest where it fits: bfloat16, whose sums need no second set of registers, and groups up to 128.
+#: The fastest where it fits: bfloat16, whose sums need no second set of registers, and groups of 64 and 128. Groups of 32
+#: are copied by threads, not by TMA, and those threads leave too few registers.
 _WIDEST = Tile(BLOCK_M=256, BLOCK_N=128, stages=2)
 
 #: More tokens than this, the BLOCK_M of the next smaller tiles, are what a tile is worth its size for.
@@ -50,7 +51,7 @@ def choose_tile(M: int, N: int, K: int, g: int, dtype: Dtype) -> Tile | DecodeTi
         decode = choose_decode_tile(M, N, K)
         if decode is not None:
             return decode
-    tiles = [tile for tile in TILES if tile is not _WIDEST or (dtype == "bfloat16" and g <= 128)]
+    tiles = [tile for tile in TILES if tile is not _WIDEST or (dtype == "bfloat16" and g in (64, 128))]
     if g > 128:
         # Stages of twice the size leave no room for a second block.
         tiles = [dataclasses.replace(tile, blocks_per_multiprocessor=1) for tile in tiles]

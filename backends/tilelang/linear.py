@@ -23,8 +23,8 @@ _MIDDLE = Tile(BLOCK_M=64, BLOCK_N=64, stages=4, blocks_per_multiprocessor=2)
 _MIDDLE_WIDE = Tile(BLOCK_M=64, BLOCK_N=128, stages=4)
 #: The tensor cores are all the time. With groups of 256 its stages fill 216 of the 227 KiB of shared memory.
 _WIDE = Tile(BLOCK_M=128, BLOCK_N=128, stages=3)
-#: The fastest where it fits: bfloat16, whose sums need no second set of registers, and groups of 64 and 128. Groups of 32
-#: are copied by threads, not by TMA, and those threads leave too few registers.
+#: The fastest where it fits: bfloat16, whose sums need no second set of registers, and groups of 64 and 128. Groups of
+#: 32 are copied by threads, not by TMA, and those threads leave too few registers.
 _WIDEST = Tile(BLOCK_M=256, BLOCK_N=128, stages=2)
 
 #: More tokens than this, the BLOCK_M of the next smaller tiles, are what a tile is worth its size for.

@@ -55,8 +55,8 @@ def test_the_wheel_holds_one_package_with_passes_backends_and_data(wheel: Path) 
     modules = {
         str(file.relative_to(ROOT))
         for folder in ("passes", "backends")
-        for file in (ROOT / folder).rglob("*.py")
-        if "__pycache__" not in file.parts
+        for pattern in ("*.py", "*.cuh")
+        for file in (ROOT / folder).rglob(pattern)
     }
     assert len(modules) > 10
     assert {f"ternarize/{module}" for module in modules} <= files

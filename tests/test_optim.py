@@ -329,7 +329,7 @@ def test_sparse_gradients_of_embeddings_are_checked_too() -> None:
 def test_grad_scaler_skips_the_whole_step_and_lowers_its_scale() -> None:
     model = Mixed()
     optimizer = build_optimizer(model)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler = torch.amp.grad_scaler.GradScaler("cpu", init_scale=4.0)
 
     def scaled_step(factor: float) -> None:
         scaler.scale(next_token_loss(model, 0) * factor).backward()

@@ -8,6 +8,8 @@ from typing import Any
 
 import tilelang.language as T
 
+from ternarize.backends.tilelang.hopper import HALF_SHARED_BYTES, MULTIPROCESSORS, SHARED_BYTES
+
 #: Weights that share an exponent, and the packed bytes of one group.
 GROUP = 128
 
@@ -58,7 +60,7 @@ def decode_program(N: int, K: int, *, has_bias: bool, tile: DecodeTile) -> Any:
         tile: how the work is shared out.
 
     Returns:
-        A TileLang prim_func of the tensors of `ternarize.backends.tilelang.linear_kernel.linear_program`.
+        A TileLang prim_func of the tensors of `ternarize.backends.tilelang.linear_wgmma.wgmma_program`.
     """
     M = T.dynamic("M")
     parameters = ", ".join(
@@ -113,3 +115,42 @@ def decode_program(N: int, K: int, *, has_bias: bool, tile: DecodeTile) -> Any:
             block(x, T_packed, E, None, None, y)
 
     return ternary_linear_decode
+
+
+def choose_decode_tile(M: int, N: int, K: int) -> DecodeTile | None:
+    """The sizes of linear_decode.cuh for up to 16 tokens, or None where its part of x does not fit shared memory.
+
+    A warp loads 2 KiB of weights at once, four groups of 16 rows where the groups allow. One block of sixteen warps
+    fills a multiprocessor. K is split over a cluster of two blocks, but for short rows and few tokens, and over as many
+    warps of a block as have no row block of their own. Where half of x is too much, eight blocks of half the size share
+    it, two to a multiprocessor.
+    """
+    groups = K // GROUP
+    step = next(step for step in (4, 2, 1) if groups % step == 0)
+    # Sixteen tokens take the registers of the third and fourth tile.
+    tiles = min(4 // step, 4 if M <= 8 else 2)
+    if 16 * tiles > N:
+        return None
+    row_blocks = -(-N // (16 * tiles))
+    for warps, blocks_per_multiprocessor, cluster, room in (
+        (16, 1, 1 if K <= 4096 and M <= 8 else 2, SHARED_BYTES),
+        (8, 2, 8, HALF_SHARED_BYTES),
+    ):
+        clusters = min(row_blocks, blocks_per_multiprocessor * MULTIPROCESSORS // cluster)
+        blocks = -(-row_blocks // clusters)
+        splits = [k_warps for k_warps in (1, 2, 4, 8, 16) if k_warps <= warps and cluster * k_warps <= groups // step]
+        if not splits:
+            continue
+        tile = DecodeTile(
+            TOKENS=8 if M <= 8 else 16,
+            TILES=tiles,
+            STEP=step,
+            WARPS=warps,
+            K_WARPS=next((k_warps for k_warps in splits if warps // k_warps <= blocks), splits[-1]),
+            CLUSTER=cluster,
+            CLUSTERS=clusters,
+            blocks_per_multiprocessor=blocks_per_multiprocessor,
+        )
+        if tile.shared_bytes(N, K) <= room:
+            return tile
+    return None

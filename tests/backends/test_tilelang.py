@@ -100,9 +100,9 @@ def test_verify_refuses_without_nvcc(nvcc: Path) -> None:
 @pytest.fixture(scope="module")
 def kernel_module() -> Any:
     """Imported late: TileLang takes a second to import."""
-    from ternarize.backends.tilelang import linear_kernel
+    from ternarize.backends.tilelang import linear_wgmma
 
-    return linear_kernel
+    return linear_wgmma
 
 
 def _number(register: Tensor) -> Tensor:
@@ -187,10 +187,10 @@ def test_the_kernel_decodes_into_the_registers_of_wgmma_and_compiles(
     split: int,
     packed_by_tma: bool,
 ) -> None:
-    from ternarize.backends.tilelang.linear import TILES
+    from ternarize.backends.tilelang.linear_wgmma import TILES
 
     sizes = dataclasses.replace(TILES[tile], split=split)
-    source = _lower(kernel_module.linear_program(N, K, g, dtype, has_bias=has_bias, tile=sizes))
+    source = _lower(kernel_module.wgmma_program(N, K, g, dtype, has_bias=has_bias, tile=sizes))
     assert "wgmma_rs<" in source
     assert "tma_load(x_desc" in source
     assert ("tma_load(T_packed_desc" in source) == packed_by_tma
@@ -203,8 +203,7 @@ def test_the_kernel_decodes_into_the_registers_of_wgmma_and_compiles(
 def test_the_decode_kernel_gets_its_arguments_in_order_and_compiles(
     kernel_module: Any, tmp_path: Path, M: int, N: int, K: int, has_bias: bool
 ) -> None:
-    from ternarize.backends.tilelang.linear import choose_decode_tile
-    from ternarize.backends.tilelang.linear_decode import decode_program
+    from ternarize.backends.tilelang.linear_decode import choose_decode_tile, decode_program
 
     tile = choose_decode_tile(M, N, K)
     assert tile is not None
@@ -242,7 +241,8 @@ def _compile(source: str, folder: Path) -> str:
 
 
 def test_the_tile_grows_with_the_work() -> None:
-    from ternarize.backends.tilelang.linear import TILES, choose_tile
+    from ternarize.backends.tilelang.linear import choose_tile
+    from ternarize.backends.tilelang.linear_wgmma import TILES
 
     narrow, middle, middle_wide, wide, widest = TILES
     assert choose_tile(16, 28672, 4096, 128, "float16") == narrow
@@ -256,7 +256,7 @@ def test_the_tile_grows_with_the_work() -> None:
 
 def test_k_is_split_when_the_blocks_are_too_few() -> None:
     from ternarize.backends.tilelang.linear import choose_tile
-    from ternarize.backends.tilelang.linear_kernel import Tile
+    from ternarize.backends.tilelang.linear_wgmma import Tile
 
     for N, K, split in ((4096, 4096, 2), (8192, 28672, 2), (14336, 4096, 1), (4096, 2048, 1), (1024, 14336, 4)):
         tile = choose_tile(64, N, K, 128, "bfloat16")
@@ -265,8 +265,8 @@ def test_k_is_split_when_the_blocks_are_too_few() -> None:
 
 
 def test_few_tokens_decode() -> None:
-    from ternarize.backends.tilelang.linear import choose_decode_tile, choose_tile
-    from ternarize.backends.tilelang.linear_decode import DecodeTile
+    from ternarize.backends.tilelang.linear import choose_tile
+    from ternarize.backends.tilelang.linear_decode import DecodeTile, choose_decode_tile
 
     assert isinstance(choose_tile(16, 4096, 4096, 128, "bfloat16"), DecodeTile)
     for M, dtype, g in ((17, "bfloat16", 128), (1, "float16", 128), (1, "bfloat16", 64)):
@@ -281,7 +281,7 @@ def test_few_tokens_decode() -> None:
     [(1, 4096, 4096), (16, 4096, 4096), (8, 8192, 28672), (1, 333, 128), (9, 1000, 1152), (16, 1536, 8960)],
 )
 def test_a_decode_tile_shares_out_all_work_and_fits(M: int, N: int, K: int) -> None:
-    from ternarize.backends.tilelang.linear import choose_decode_tile
+    from ternarize.backends.tilelang.linear_decode import choose_decode_tile
 
     tile = choose_decode_tile(M, N, K)
     assert tile is not None

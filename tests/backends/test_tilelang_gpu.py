@@ -169,9 +169,10 @@ def test_groups_of_128_hold_over_the_whole_range_of_exponents(M: int) -> None:
 @pytest.mark.parametrize("M", [13, 64, 130])
 def test_split_k_equals_float64(dtype: torch.dtype, split: int, M: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from ternarize.backends.tilelang import linear as module
+    from ternarize.backends.tilelang.linear_wgmma import TILES
 
     def split_tile(*_: object) -> Any:
-        return dataclasses.replace(module.TILES[1 if M <= 64 else 2], split=split)
+        return dataclasses.replace(TILES[1 if M <= 64 else 2], split=split)
 
     monkeypatch.setattr(module, "choose_tile", split_tile)
     torch.manual_seed(0)

@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 import tilelang.language as T
 
-#: What TileLang compiles for. wgmma needs the "a" of sm_90a.
-TARGET = {"kind": "cuda", "arch": "sm_90a"}
+from ternarize.backends.tilelang.hopper import MULTIPROCESSORS
 
-SOURCE = Path(__file__).with_name("linear_kernel.cuh").read_text()
+Dtype = Literal["bfloat16", "float16"]
+
+SOURCE = Path(__file__).with_name("linear_wgmma.cuh").read_text()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,11 +36,11 @@ def _exp2(exponent: Any) -> Any:
     return T.reinterpret((T.cast(exponent, T.int32) + 127) << 23, T.float32)
 
 
-def linear_program(
+def wgmma_program(
     N: int,
     K: int,
     g: int,
-    dtype: Literal["bfloat16", "float16"],
+    dtype: Dtype,
     *,
     has_bias: bool,
     tile: Tile,
@@ -47,7 +48,7 @@ def linear_program(
     """The program for layers of one shape and any number of tokens.
 
     It computes yᵀ = W · xᵀ: the trits are decoded in registers, straight into the A operand of wgmma, so no decoded
-    weight is ever written to memory (linear_kernel.cuh). One step along K is one scale group. bfloat16 holds T · 2^E
+    weight is ever written to memory (linear_wgmma.cuh). One step along K is one scale group. bfloat16 holds T · 2^E
     for every E in [-126, 127], so the operand is the weight itself; float16 does not, so there the operand is 2T, and
     2^(E - 1) multiplies the float32 sum of its group.
 
@@ -190,3 +191,60 @@ def linear_program(
             block(x, T_packed, E, None, None, y)
 
     return ternary_linear
+
+
+#: A few tokens: y is narrow, reading the weight is all the time, so many loads in flight.
+_NARROW = Tile(BLOCK_M=16, BLOCK_N=64, stages=6, blocks_per_multiprocessor=2)
+_MIDDLE = Tile(BLOCK_M=64, BLOCK_N=64, stages=4, blocks_per_multiprocessor=2)
+_MIDDLE_WIDE = Tile(BLOCK_M=64, BLOCK_N=128, stages=4)
+#: The tensor cores are all the time. With groups of 256 its stages fill 216 of the 227 KiB of shared memory.
+_WIDE = Tile(BLOCK_M=128, BLOCK_N=128, stages=3)
+#: The fastest where it fits: bfloat16, whose sums need no second set of registers, and groups of 64 and 128. Groups of
+#: 32 are copied by threads, not by TMA, and those threads leave too few registers.
+_WIDEST = Tile(BLOCK_M=256, BLOCK_N=128, stages=2)
+
+#: More tokens than this, the BLOCK_M of the next smaller tiles, are what a tile is worth its size for.
+_NEXT_SMALLER = {64: 16, 128: 64, 256: 128}
+
+TILES = (_NARROW, _MIDDLE, _MIDDLE_WIDE, _WIDE, _WIDEST)
+
+#: Splitting K over a cluster costs a few microseconds: each part has to have so many steps.
+_LEAST_STEPS = 16
+
+
+def choose_wgmma_tile(M: int, N: int, K: int, g: int, dtype: Dtype) -> Tile:
+    """The sizes of the program for M tokens.
+
+    The largest tile that M tokens fill and whose blocks, with K split in two where that leaves them room, keep six in
+    ten multiprocessors busy. A layer too small for any splits K further. Distilled from timings of every tile at the
+    shapes of docs/benchmarks.md on one H200.
+    """
+    tiles = [tile for tile in TILES if tile is not _WIDEST or (dtype == "bfloat16" and g in (64, 128))]
+    if g > 128:
+        # Stages of twice the size leave no room for a second block.
+        tiles = [dataclasses.replace(tile, blocks_per_multiprocessor=1) for tile in tiles]
+    filled = [tile for tile in tiles[1:] if _NEXT_SMALLER[tile.BLOCK_M] < M]
+    for tile in reversed(filled):
+        split = _split(tile, M, N, K // g, most=2, blocks_at_once=MULTIPROCESSORS)
+        if _blocks(tile, M, N) * split >= 0.6 * MULTIPROCESSORS:
+            return dataclasses.replace(tile, split=split)
+    tile = filled[0] if filled else tiles[0]
+    at_once = MULTIPROCESSORS * (1 if filled else tile.blocks_per_multiprocessor)
+    return dataclasses.replace(tile, split=_split(tile, M, N, K // g, most=8, blocks_at_once=at_once))
+
+
+def _blocks(tile: Tile, M: int, N: int) -> int:
+    return -(-M // tile.BLOCK_M) * -(-N // tile.BLOCK_N)
+
+
+def _split(tile: Tile, M: int, N: int, steps: int, *, most: int, blocks_at_once: int) -> int:
+    """Into how many parts K is split: as many as still run at once and have steps enough."""
+    blocks = _blocks(tile, M, N)
+    return max(
+        split
+        for split in (1, 2, 4, 8)
+        if split == 1
+        or (
+            split <= most and blocks * split <= blocks_at_once and steps % split == 0 and steps // split >= _LEAST_STEPS
+        )
+    )

@@ -1,4 +1,4 @@
-// Parts of linear_kernel.py that are shorter in CUDA: packed trits to the register operand of wgmma, and the sum over
+// Parts of linear_wgmma.py that are shorter in CUDA: packed trits to the register operand of wgmma, and the sum over
 // a thread block cluster. Letters and packed layout as in ternarize/packing.py.
 #include <stdint.h>
 

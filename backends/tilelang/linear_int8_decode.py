@@ -8,7 +8,7 @@ from typing import Any
 
 import tilelang.language as T
 
-from ternarize.backends.tilelang.hopper import MULTIPROCESSORS, SHARED_BYTES
+from ternarize.backends.tilelang.hopper import HALF_SHARED_BYTES, MULTIPROCESSORS, SHARED_BYTES
 from ternarize.backends.tilelang.linear_decode import GROUP, DecodeTile
 from ternarize.backends.tilelang.linear_wgmma import Dtype
 
@@ -101,13 +101,16 @@ def int8_decode_program(N: int, K: int, dtype: Dtype, *, has_bias: bool, tile: I
 def int8_decode_tile(
     M: int, N: int, K: int, *, tiles: int, step: int, warps: int = 16, cluster: int = 2
 ) -> Int8DecodeTile | None:
-    """The sizes of linear_int8_decode.cuh for up to 16 tokens with given tiles, step, warps and cluster, or None."""
+    """The sizes for M tokens, of blocks that fill a multiprocessor with 16 warps, or None where they do not fit.
+
+    K is split over a cluster, and over as many warps of a block as have no row block of their own.
+    """
     groups = K // GROUP
-    per_multiprocessor = 16 // warps
+    blocks_per_multiprocessor = 16 // warps
     if 16 * tiles > N or groups % step:
         return None
     row_blocks = -(-N // (16 * tiles))
-    clusters = min(row_blocks, per_multiprocessor * MULTIPROCESSORS // cluster)
+    clusters = min(row_blocks, blocks_per_multiprocessor * MULTIPROCESSORS // cluster)
     blocks = -(-row_blocks // clusters)
     splits = [k_warps for k_warps in (1, 2, 4, 8, 16) if k_warps <= warps and cluster * k_warps <= groups // step]
     if not splits:
@@ -120,6 +123,20 @@ def int8_decode_tile(
         K_WARPS=next((k_warps for k_warps in splits if warps // k_warps <= blocks), splits[-1]),
         CLUSTER=cluster,
         CLUSTERS=clusters,
-        blocks_per_multiprocessor=per_multiprocessor,
+        blocks_per_multiprocessor=blocks_per_multiprocessor,
     )
-    return tile if tile.shared_bytes(N, K) + 1024 <= (SHARED_BYTES + 1024) // per_multiprocessor else None
+    room = SHARED_BYTES if blocks_per_multiprocessor == 1 else HALF_SHARED_BYTES
+    return tile if tile.shared_bytes(N, K) <= room else None
+
+
+def choose_int8_decode_tile(M: int, N: int, K: int, g: int) -> Int8DecodeTile | None:
+    """The sizes of linear_int8_decode.cuh, or None where another program has to run: see `int8_decode_tile`."""
+    if M > 16 or g != GROUP or K % GROUP:
+        return None
+    step = next(step for step in (4, 2, 1) if K // GROUP % step == 0)
+    for cluster in (1, 2, 4, 8) if K <= 4096 and M <= 8 else (2, 4, 8):
+        for tiles in (4 // step, 1):
+            tile = int8_decode_tile(M, N, K, tiles=min(tiles, 4 if M <= 8 else 2), step=step, cluster=cluster)
+            if tile is not None:
+                return tile
+    return None

@@ -2,11 +2,13 @@
 # TileLang is untyped, and its kernels are annotated with buffers, which are values.
 """The program of `ternarize.backends.tilelang.linear_int8` on wgmma, for any number of tokens."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import tilelang.language as T
 
+from ternarize.backends.tilelang.hopper import MULTIPROCESSORS
 from ternarize.backends.tilelang.linear_wgmma import Dtype, Tile
 
 SOURCE = Path(__file__).with_name("linear_int8_wgmma.cuh").read_text()
@@ -136,3 +138,32 @@ def int8_wgmma_program(N: int, K: int, g: int, dtype: Dtype, *, has_bias: bool, 
             block(q, scale, T_packed, E, None, None, y)
 
     return ternary_linear_int8
+
+
+#: A few tokens: reading the weight is most of the time.
+_NARROW = Tile(BLOCK_M=16, BLOCK_N=64, stages=6, blocks_per_multiprocessor=2)
+_MIDDLE = Tile(BLOCK_M=64, BLOCK_N=64, stages=6, blocks_per_multiprocessor=2)
+_WIDE = Tile(BLOCK_M=128, BLOCK_N=128, stages=5)
+_WIDEST = Tile(BLOCK_M=256, BLOCK_N=128, stages=5)
+
+TILES = (_NARROW, _MIDDLE, _WIDE, _WIDEST)
+
+#: Splitting K over a cluster costs a few microseconds: each part has to have so many steps.
+_LEAST_STEPS = 16
+
+
+def choose_int8_wgmma_tile(M: int, N: int, K: int, g: int) -> Tile:
+    """The sizes of the program for M tokens: the largest tile that they fill, K split where blocks are too few."""
+    tile = next((tile for tile in TILES if M <= tile.BLOCK_M), _WIDEST)
+    if g > 128:
+        # Stages of twice the size.
+        tile = dataclasses.replace(tile, stages=tile.stages // 2, blocks_per_multiprocessor=1)
+    blocks = -(-M // tile.BLOCK_M) * -(-N // tile.BLOCK_N)
+    steps = K // g
+    at_once = MULTIPROCESSORS * tile.blocks_per_multiprocessor
+    split = max(
+        split
+        for split in (1, 2, 4, 8)
+        if split == 1 or (blocks * split <= at_once and steps % split == 0 and steps // split >= _LEAST_STEPS)
+    )
+    return dataclasses.replace(tile, split=split)

@@ -1,5 +1,6 @@
 """The TileLang kernels of `linear_int8`: what is compiled, without a GPU, and what they compute, on a Hopper GPU."""
 
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ternarize.activation import quantize_activation
+from ternarize.backends import tilelang as backend
+from ternarize.backends.select import Facts
 from ternarize.packing import pack
 from tests.backends.kit import assert_close, linear, linear_int8, random_weights
 
@@ -75,6 +78,28 @@ def test_a_sum_of_a_group_is_read_as_float_without_rounding() -> None:
     sums = torch.tensor([0, 64, -64, 2**20, -(2**20), 640], dtype=torch.int32)
     floats = (sums + 0x48400000).view(torch.float32) - 196608.0
     assert torch.equal(floats, sums / 64)
+
+
+def test_verify_knows_how_long_an_int32_sum_may_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    facts = Facts(
+        device="cuda",
+        capability=(9, 0),
+        dtype=torch.bfloat16,
+        in_features=2**17 - 128,
+        out_features=(64,),
+        planes=(1,),
+        group_size=128,
+        mantissa=False,
+    )
+    assert backend.verify("linear_int8", facts)[0]
+    facts = dataclasses.replace(facts, in_features=2**17)
+    assert backend.verify("linear", facts)[0]
+    ok, reason = backend.verify("linear_int8", facts)
+    assert not ok
+    assert "in_features is 131072" in reason
 
 
 # What is compiled.

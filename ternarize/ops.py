@@ -13,10 +13,13 @@ so every per-layer argument is a list:
     guard_loss      a copy of the loss, whose backward raises a bit of a status tensor if the loss is not finite
 
 Lowered ops, ``<op>_tilelang``, ``<op>_triton`` and ``<op>_torch``, are what `ternarize.passes.lower_ternary` puts in
-their place: each calls the function of the same name in ``ternarize.backends.<backend>``. With activation "int8",
-``linear`` and ``linear_train`` are lowered to the quantiser (`ternarize.activation`), as ordinary ops that Inductor
-fuses into what comes before, and ``linear_int8``. The rounding is passed straight through in backward, as in BitNet:
-grad_x is that of ``linear``, and the update takes x as it was multiplied, rounded.
+their place: each calls the function of the same name in ``ternarize.backends.<backend>``. Those of ``linear`` that
+TileLang runs also take a list ``status``, before ``group_size``: empty, or one tensor a layer, whose output bit the
+kernel raises if it writes a value that is not finite.
+
+With activation "int8", ``linear`` and ``linear_train`` are lowered to the quantiser (`ternarize.activation`), as
+ordinary ops that Inductor fuses into what comes before, and ``linear_int8``. The rounding is passed straight through in
+backward, as in BitNet: grad_x is that of ``linear``, and the update takes x as it was multiplied, rounded.
 
 Arguments, by name, with the letters of `ternarize.packing`:
 
@@ -45,6 +48,7 @@ import torch
 from torch import Tensor
 
 from ternarize.activation import dequantize_activation, quantize_activation
+from ternarize.config import Kernels
 from ternarize.errors import ShapeError, TernarizeError
 from ternarize.packing import dequantize as _dequantize
 
@@ -60,6 +64,7 @@ _STAGE_MUTATED = (
 
 _LINEAR = f"(Tensor x, {_WEIGHTS}, {_BIAS}, int group_size) -> Tensor[]"
 _LINEAR_INT8 = f"(Tensor q, Tensor scale, {_WEIGHTS}, {_BIAS}, int group_size, ScalarType dtype) -> Tensor[]"
+_STATUS = "Tensor(a!)[] status"
 _GRAD_INPUT = f"(Tensor[] grad_y, {_WEIGHTS}, int in_features, int group_size) -> Tensor"
 _UPDATE_STAGE = (
     f"(Tensor[] grad_y, Tensor x, Tensor[] T_packed, {_TRAIN_STATE}, {_STAGE_MUTATED}, int group_size, str rule) -> ()"
@@ -81,10 +86,22 @@ _LOWERED: dict[str, tuple[str, str, tuple[str, ...]]] = {
 }
 
 
+#: Stems whose TileLang kernels report what is not finite: how many arguments of their ops come after ``status``.
+_GUARDED = {"linear": 1, "linear_int8": 2}
+
+
 def lowered(stem: str, backend: str) -> torch._ops.OpOverload:
     """The op that runs ``stem`` with the kernels of ``backend``."""
     overload: torch._ops.OpOverload = getattr(torch.ops.ternarize, f"{stem}_{backend}").default
     return overload
+
+
+def with_status(stem: str, backend: str, args: Sequence[Any], status: Sequence[Any] = ()) -> tuple[Any, ...]:
+    """Arguments of a lowered op, with ``status`` if it takes that; empty, no layer is guarded."""
+    if stem not in _GUARDED or backend != "tilelang":
+        return tuple(args)
+    at = len(args) - _GUARDED[stem]
+    return (*args[:at], list(status), *args[at:])
 
 
 def kernel(stem: str, backend: str) -> Callable[..., Any]:
@@ -167,12 +184,33 @@ def _run(stem: str, backend: str, mutated: tuple[int, ...], *args: Any) -> Any:
 
 for _stem, (_schema, _, _backends) in _LOWERED.items():
     for _backend in _backends:
+        _guarded = _stem in _GUARDED and _backend == "tilelang"
+        _its_schema = _schema.replace("int group_size", f"{_STATUS}, int group_size") if _guarded else _schema
         _define(
             f"{_stem}_{_backend}",
-            _schema,
-            functools.partial(_run, _stem, _backend, _mutated(_schema)),
+            _its_schema,
+            functools.partial(_run, _stem, _backend, _mutated(_its_schema)),
             _FAKES[_stem],
         )
+
+
+def _functionalize(op: torch._ops.OpOverload, status: int, ctx: Any, *args: Any) -> list[Tensor]:
+    """Trace a guarded op where AOTAutograd makes a graph functional: without status, it mutates nothing.
+
+    Inductor takes an op that returns a list and mutates an argument, as this one is when a pass has put it in, only if
+    the op says itself how it is made functional.
+    """
+    if args[status]:
+        raise TernarizeError(f"{op} takes status tensors from `GuardOutputPass` only: pass an empty list")
+    with ctx.redispatch_to_next():
+        outputs: list[Tensor] = op(*ctx.unwrap_tensors(args))
+    wrapped: list[Tensor] = ctx.wrap_tensors(outputs)
+    return wrapped
+
+
+for _stem, _after in _GUARDED.items():
+    _op = lowered(_stem, "tilelang")
+    _op.py_functionalize_impl(functools.partial(_functionalize, _op, -1 - _after))
 
 
 def _eager(stem: str, *args: Any) -> Any:
@@ -190,39 +228,31 @@ for _stem in ("grad_input", "update_stage", "update_commit"):
 LINEAR_STEM = {"float": "linear", "int8": "linear_int8"}
 
 
-def _linear_now(x: Tensor, weights: Sequence[list[Any]], group_size: int, activation: str) -> list[Tensor]:
-    """Check x and run the kernel of ``linear`` or ``linear_int8`` that its tensors and the environment ask for."""
+def linear_now(policy: Kernels | None, x: Tensor, *arguments: Any) -> list[Tensor]:
+    """Run ``linear`` outside of graphs, unguarded: in ``auto`` with Triton or torch.
+
+    Args:
+        policy: which kernels to use; None for what the environment asks for.
+        x: as of ``linear``.
+        arguments: the others of ``linear``, in their order.
+    """
     from ternarize.backends.select import eager_backend
 
+    *weights, _, group_size, activation, _ = arguments
     _check_input(x, weights[0])
     stem = LINEAR_STEM[activation]
-    backend = eager_backend(stem, (x, *weights, group_size))
-    args = (x, *weights, group_size)
+    args: tuple[Any, ...] = (x, *weights, group_size)
+    backend = eager_backend(stem, args, policy)
     if activation == "int8":
         args = (*quantize_activation(x), *weights, group_size, x.dtype)
-    outputs: list[Tensor] = _run(stem, backend, (), *args)
+    outputs: list[Tensor] = _run(stem, backend, (), *with_status(stem, backend, args))
     return outputs
-
-
-def _linear_eager(
-    x: Tensor,
-    T_packed: list[Tensor],
-    E: list[Tensor],
-    E_mantissa: list[Tensor | None],
-    bias: list[Tensor | None],
-    bias_exponent: list[Tensor | None],
-    status: list[Tensor],
-    group_size: int,
-    activation: str,
-    tilelang: bool,
-) -> list[Tensor]:
-    return _linear_now(x, (T_packed, E, E_mantissa, bias, bias_exponent), group_size, activation)
 
 
 _define(
     "linear",
     f"(Tensor x, {_WEIGHTS}, {_BIAS}, Tensor[] status, int group_size, str activation, bool tilelang) -> Tensor[]",
-    _linear_eager,
+    functools.partial(linear_now, None),
     _linear_fake,
 )
 
@@ -238,7 +268,7 @@ def _linear_train_eager(
     *rest: Any,
 ) -> list[Tensor]:
     group_size, activation, _ = rest[-3:]
-    return _linear_now(x, (T_packed, E, E_mantissa, bias, bias_exponent), group_size, activation)
+    return linear_now(None, x, T_packed, E, E_mantissa, bias, bias_exponent, [], group_size, activation, False)
 
 
 _define(

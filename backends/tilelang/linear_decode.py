@@ -152,7 +152,13 @@ def decode_program(
     return ternary_linear_decode
 
 
-def choose_decode_tile(M: int, layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype) -> DecodeTile | None:
+def choose_decode_tile(
+    M: int,
+    layers: tuple[LayerShape, ...],
+    K: int,
+    g: int,
+    dtype: Dtype,  # noqa: ARG001  # the arguments of choose_wgmma_tile
+) -> DecodeTile | None:
     """The sizes of linear_decode.cuh for up to 16 tokens, or None for a call that it does not serve.
 
     It serves rows that are a multiple of 16 packed bytes, groups that are whole rows, 64 or a multiple of 128, and

@@ -11,16 +11,13 @@ from rich.table import Table
 
 from ternarize import ops
 from ternarize.bench.linear import Ceilings, Plan, Result, dense_seconds, measure_ceilings, measure_shape
-from ternarize.cli import add_output_arguments
+from ternarize.cli import add_output_arguments, bench_model
+from ternarize.cli.bench_arguments import DTYPES, add_layer_arguments, names_of, positive_numbers, ternary_config
 from ternarize.cli.machine import describe, versions
 from ternarize.cli.output import Output
-from ternarize.config import TernaryConfig
-from ternarize.errors import ConfigError, ShapeError
 from ternarize.evaluate import default_device
 
 HELP = "measure speed against dense PyTorch; a wrong result gets no time"
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 #: Projections of models of 8B and 70B, and of small models with odd sizes.
 SHAPES = "4096x4096,14336x4096,4096x14336,28672x8192,8192x28672,5120x13824,1536x8960,2560x6912"
@@ -40,15 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     linear.add_argument(
         "--shapes", type=_shapes, default=SHAPES, metavar="NxK,...", help=f"out x in features (default {SHAPES})"
     )
-    linear.add_argument("--tokens", type=_tokens, default=TOKENS, metavar="M,...", help=f"rows of x (default {TOKENS})")
     linear.add_argument(
-        "--group-size", type=int, default=128, help="weights that share an exponent; -1 for whole rows (default 128)"
+        "--tokens", type=positive_numbers, default=TOKENS, metavar="M,...", help=f"rows of x (default {TOKENS})"
     )
-    linear.add_argument("--planes", type=int, choices=(1, 2, 3), default=1, help="trit planes (default 1)")
-    linear.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of x (default bfloat16)")
+    add_layer_arguments(linear)
     linear.add_argument(
         "--kernels",
-        type=_kernels,
+        type=lambda text: names_of("kernels", text, ops.BACKENDS),
         default=",".join(ops.BACKENDS),
         metavar="NAME,...",
         help=f"ternary kernels to measure (default {','.join(ops.BACKENDS)})",
@@ -61,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of timing, for one shape and number of tokens, everything together (default 0.5)",
     )
     add_output_arguments(linear)
+    decode = what.add_parser("decode", help="one token after the other: a whole ternary model beside a dense one")
+    bench_model.add_arguments(decode, "decode")
+    add_output_arguments(decode)
+    prefill = what.add_parser("prefill", help="whole prompts: a whole ternary model beside a dense one")
+    bench_model.add_arguments(prefill, "prefill")
+    add_output_arguments(prefill)
 
 
 def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
@@ -89,31 +90,10 @@ def _shapes(text: str) -> tuple[tuple[int, int], ...]:
     return tuple(shapes)
 
 
-def _tokens(text: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    for part in parts:
-        if not part.isdecimal() or not int(part):
-            raise argparse.ArgumentTypeError(f"{part!r} is no number of tokens: write them as in 1,16,256")
-    return tuple(int(part) for part in parts)
-
-
-def _kernels(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    for name in names:
-        if name not in ops.BACKENDS:
-            raise argparse.ArgumentTypeError(f"{name!r} is no kernel: use some of {','.join(ops.BACKENDS)}")
-    return names
-
-
 def _linear(arguments: argparse.Namespace, output: Output, device: torch.device) -> dict[str, Any]:
-    try:
-        config = TernaryConfig(planes=arguments.planes, group_size=arguments.group_size)
-    except ShapeError as error:
-        # Here a wrong group size is a wrong call.
-        raise ConfigError(f"--group-size: {error}") from None
     plan = Plan(
         tokens=arguments.tokens,
-        config=config,
+        config=ternary_config(arguments),
         dtype=DTYPES[arguments.dtype],
         kernels=arguments.kernels,
         device=device,

@@ -76,8 +76,8 @@ def test_a_wrong_kernel_fails_the_run_and_gets_no_time(
         ([], "WHAT"),
         (["linear", "--shapes", "64"], "'64' is no shape"),
         (["linear", "--shapes", "0x64"], "'0x64' is no shape"),
-        (["linear", "--tokens", "1,0"], "'0' is no number of tokens"),
-        (["linear", "--kernels", "cuda"], "'cuda' is no kernel"),
+        (["linear", "--tokens", "1,0"], "'0' is no positive number"),
+        (["linear", "--kernels", "cuda"], "'cuda' is not among kernels"),
     ],
 )
 def test_a_wrong_call_of_bench_is_one_line(

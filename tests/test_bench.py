@@ -10,17 +10,9 @@ from torch import Tensor
 
 from ternarize import ops
 from ternarize.bench import contenders as contenders_module
+from ternarize.bench.ceilings import Ceilings, measure_ceilings
 from ternarize.bench.contenders import baselines, random_contenders
-from ternarize.bench.linear import (
-    CHECKED_TOKENS,
-    Ceilings,
-    Plan,
-    Result,
-    dense_seconds,
-    measure_ceilings,
-    measure_shape,
-    sample_rows,
-)
+from ternarize.bench.linear import CHECKED_TOKENS, Plan, Result, dense_seconds, measure_shape, sample_rows
 from ternarize.bench.timing import MIN_ROUNDS, copies_needed, record, time_in_turns
 from ternarize.config import TernaryConfig
 
@@ -230,9 +222,9 @@ def test_sampled_rows_leave_out_no_part(M: int) -> None:
 
 def test_ceilings_are_measured_and_the_larger_one_is_the_floor() -> None:
     ceilings = measure_ceilings(plan())
-    assert ceilings.bytes_per_second > 0
+    assert ceilings.bytes_per_second == max(ceilings.read_bytes_per_second, ceilings.copy_bytes_per_second) > 0
     assert set(ceilings.flops_per_second) == {"dense", "int8", "fp8"}
-    known = Ceilings(bytes_per_second=100, flops_per_second={"dense": 10})
+    known = Ceilings(read_bytes_per_second=100, copy_bytes_per_second=50, flops_per_second={"dense": 10})
     result = Result(out_features=3, in_features=5, tokens=2, contender="torch", rate="dense", bytes=1000)
     assert known.floor(result) == 10  # bytes: 60 operations take 6 s
     result.bytes = 100

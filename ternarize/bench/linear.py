@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ternarize.bench.contenders import DENSE, Contender, baselines, random_contenders
+from ternarize.bench.contenders import DENSE, Contender, random_contenders
 from ternarize.bench.timing import Pass, record, time_in_turns
 from ternarize.config import TernaryConfig
 
@@ -16,11 +16,6 @@ Status = Literal["ok", "wrong", "failed", "not run"]
 
 #: Tokens of a result that are compared with float64, at most.
 CHECKED_TOKENS = 256
-
-#: Bytes of the copy that measures memory bandwidth, and side of the square product that measures a rate. What the CPU
-#: gets only keeps the columns filled.
-COPY_BYTES = {"cuda": 2**30, "cpu": 2**24}
-SIDE = {"cuda": 8192, "cpu": 64}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,21 +32,6 @@ class Plan:
     device: torch.device
     seconds_per_cell: float
     """Of timed rounds, for one shape and number of tokens, all contenders together."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ceilings:
-    """What this device reaches, measured in the same run."""
-
-    bytes_per_second: float
-    """Of a device-to-device copy, read and written bytes counted."""
-    flops_per_second: dict[str, float]
-    """Of a large square product by each baseline that runs here."""
-
-    def floor(self, result: "Result") -> float | None:
-        """The least seconds that a result's bytes and arithmetic take, the larger of the two; None if not known."""
-        rate = self.flops_per_second.get(result.rate)
-        return None if rate is None else max(result.bytes / self.bytes_per_second, result.flops / rate)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -71,7 +51,7 @@ class Result:
     spread: float | None = None
     """Of the samples, see `ternarize.bench.timing.Timing`."""
     rate: str = ""
-    """Of `Ceilings.flops_per_second`, the one that bounds it."""
+    """Of `ternarize.bench.ceilings.Ceilings.flops_per_second`, the one that bounds it."""
     bytes: int = 0
     """Weight, x and y, each once."""
 
@@ -176,23 +156,6 @@ def sample_rows(M: int, device: torch.device) -> Tensor:
     starts = torch.arange(parts + 1, device=device) * M // parts
     lengths = starts.diff()
     return starts[:-1] + (torch.rand(parts, device=device) * lengths).long().minimum(lengths - 1)
-
-
-def measure_ceilings(plan: Plan) -> Ceilings:
-    """Measure bandwidth and the rates of the baselines; a baseline that cannot run has none."""
-    device = plan.device
-    source = torch.randint(0, 256, (COPY_BYTES[device.type],), dtype=torch.uint8, device=device)
-    destination = torch.empty_like(source)
-    (copy,) = time_in_turns([record([lambda: destination.copy_(source)], device)], plan.seconds_per_cell)
-    side = SIDE[device.type]
-    weight = torch.randn(side, side, dtype=plan.dtype, device=device)
-    products = measure_cell(baselines(weight), side, plan)
-    return Ceilings(
-        bytes_per_second=2 * source.nbytes / copy.seconds,
-        flops_per_second={
-            result.contender: result.flops / result.seconds for result in products if result.seconds is not None
-        },
-    )
 
 
 def dense_seconds(cell: list[Result]) -> float | None:

@@ -52,7 +52,7 @@ class Process:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         folders = {} if caches is None else {name: str(caches / name.lower()) for name in CACHES}
-        self._process = context.Process(target=_serve, args=(theirs, task, folders), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, task, folders))
         self._process.start()
         # Else the end of their process would not be the end of the pipe.
         theirs.close()

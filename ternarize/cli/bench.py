@@ -10,7 +10,8 @@ import torch
 from rich.table import Table
 
 from ternarize import ops
-from ternarize.bench.linear import Ceilings, Plan, Result, dense_seconds, measure_ceilings, measure_shape
+from ternarize.bench.ceilings import Ceilings, measure_ceilings
+from ternarize.bench.linear import Plan, Result, dense_seconds, measure_shape
 from ternarize.cli import add_output_arguments, bench_model
 from ternarize.cli.bench_arguments import DTYPES, add_layer_arguments, names_of, positive_numbers, ternary_config
 from ternarize.cli.machine import describe, versions
@@ -103,7 +104,8 @@ def _linear(arguments: argparse.Namespace, output: Output, device: torch.device)
     ceilings = measure_ceilings(plan)
     rates = ", ".join(f"{name} {rate / 1e12:.4g} TFLOP/s" for name, rate in ceilings.flops_per_second.items())
     output.console.print(
-        f"{command}\nceilings: copy {ceilings.bytes_per_second / 1e9:.4g} GB/s, {rates}",
+        f"{command}\nceilings: read {ceilings.read_bytes_per_second / 1e9:.4g} GB/s, "
+        f"copy {ceilings.copy_bytes_per_second / 1e9:.4g} GB/s, {rates}",
         highlight=False,
         soft_wrap=True,
     )
@@ -122,7 +124,10 @@ def _linear(arguments: argparse.Namespace, output: Output, device: torch.device)
     return {
         "command": command,
         "ceilings": {
-            "gigabytes_per_second": ceilings.bytes_per_second / 1e9,
+            "gigabytes_per_second": {
+                "read": ceilings.read_bytes_per_second / 1e9,
+                "copy": ceilings.copy_bytes_per_second / 1e9,
+            },
             "teraflops_per_second": {name: rate / 1e12 for name, rate in ceilings.flops_per_second.items()},
         },
         "cells": cells,

@@ -113,7 +113,8 @@ def _plan(arguments: argparse.Namespace, device: torch.device) -> Plan:
     for activation in arguments.activation:
         ternary = _with_activation(ternary_config(arguments), activation)
         for kernels in arguments.kernels:
-            contenders[kernels if activation == "none" else f"{kernels} {activation}"] = (ternary, kernels)
+            name = f"ternary {kernels}" if activation == "none" else f"ternary {kernels} {activation}"
+            contenders[name] = (ternary, kernels)
     if arguments.layers == FIT:
         if device.type != "cuda":
             raise ConfigError(f"--layers {FIT} looks at the memory of a GPU, and there is none: give a number")

@@ -22,7 +22,7 @@ def test_bench_linear_reports_every_cell_and_what_it_ran_on(capsys: pytest.Captu
     assert report["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     assert report["device"]["name"]
     assert report["date"].endswith("+00:00")
-    assert report["ceilings"]["gigabytes_per_second"] > 0
+    assert min(report["ceilings"]["gigabytes_per_second"].values()) > 0
     cells = {
         (cell["out_features"], cell["in_features"], cell["tokens"], cell["contender"]): cell for cell in report["cells"]
     }
@@ -42,7 +42,7 @@ def test_bench_linear_prints_a_table_a_shape(capsys: pytest.CaptureFixture[str])
     for words in (
         "32 x 64 (out x in features)",
         "40 x 100 (out x in features)",
-        "ceilings: copy",
+        "ceilings: read",
         "--planes 1",
         "GB/s",
     ):

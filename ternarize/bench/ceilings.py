@@ -1,4 +1,4 @@
-"""What a device reaches: the bandwidth of its memory and the rates of its matrix units, measured, not from a data sheet."""
+"""What a device reaches, measured: the bandwidth of its memory and the rates of its matrix units."""
 
 import dataclasses
 
@@ -9,8 +9,8 @@ from ternarize.bench.contenders import baselines
 from ternarize.bench.linear import Plan, Result, measure_cell
 from ternarize.bench.timing import record, time_in_turns
 
-#: Shape of the bfloat16 or float16 matrix whose reading measures bandwidth (1 GiB: 18 times the L2 cache of an H200), and
-#: side of the square product that measures a rate. What the CPU gets only keeps the columns filled.
+#: Shape of the bfloat16 or float16 matrix whose reading measures bandwidth (1 GiB, 18 times the L2 cache of an H200),
+#: and side of the square product that measures a rate. What the CPU gets only keeps the columns filled.
 MATRIX = {"cuda": (65536, 8192), "cpu": (512, 8192)}
 SIDE = {"cuda": 8192, "cpu": 64}
 

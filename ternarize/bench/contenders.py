@@ -1,12 +1,13 @@
-"""What `ternarize.bench.linear` lets multiply: the ternary kernels, and the dense products that they are compared with.
+"""What `ternarize.bench.linear` lets multiply: the ternary kernels, and what they are compared with.
 
 All work on one random layer and the same x. Baselines are what PyTorch calls for dense weights, cuBLAS on a GPU: the
 dtype of x; int8, torch._int_mm, with an int32 result; and fp8 (e4m3), torch._scaled_mm with one scale a tensor and its
 fast accumulation. To bring x to 8 bits, and the int32 result back to floats, is not in the time of the latter two: they
-are bounds of what a whole layer takes.
+are bounds of what a whole layer takes. GemLite, where it is installed, multiplies by the same weights in 2 bits each.
 """
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -17,7 +18,7 @@ from ternarize.backends.select import facts_of, verify
 from ternarize.bench.timing import copies_needed
 from ternarize.config import TernaryConfig
 from ternarize.layer import TernaryLinear
-from ternarize.packing import exp2_exact, expand_groups, groups_per_row, largest_level
+from ternarize.packing import ROW, exp2_exact, expand_groups, groups_per_row, largest_level
 
 #: Relative error in the 2-norm that ternary kernels may have, by the dtype that the result is rounded to.
 TOLERANCE = {torch.bfloat16: 2e-3, torch.float16: 5e-4}
@@ -154,10 +155,62 @@ def _kernel(name: str, layer: TernaryLinear, weight: Tensor, copies: list[tuple[
     return Contender(name, DENSE, weight, copies, multiply, _same, refusal, TOLERANCE[weight.dtype])
 
 
+def _gemlite(layer: TernaryLinear, weight: Tensor, levels: Tensor) -> Contender:
+    """GemLite's Triton kernels for 2-bit weights with a scale and a zero a group (github.com/dropbox/gemlite, 0.6).
+
+    Its weight is (code - 1) · 2^E, the same numbers. Which of its kernels runs is its own choice.
+    """
+    N, K = weight.shape
+    group_size = layer.group_size
+    # Its kernels that split K add partial sums in the dtype of x, as cuBLAS may.
+    contender = Contender(
+        "gemlite",
+        DENSE,
+        weight,
+        [],
+        _no_product,
+        _same,
+        lambda _: "not installed: pip install gemlite",
+        DENSE_TOLERANCE,
+    )
+    if importlib.util.find_spec("gemlite") is None:
+        return contender
+    if layer.planes != 1 or group_size == ROW or K % group_size:
+        reason = "compared are 2-bit weights: one plane, in groups that divide K"
+        return dataclasses.replace(contender, refusal=lambda _: reason)
+
+    scales = exp2_exact(layer.E.detach()).to(weight.dtype).reshape(-1, 1)
+    try:
+        from gemlite.core import TORCH_TO_DTYPE, GemLiteLinearTriton, forward_functional
+
+        dtype = TORCH_TO_DTYPE[weight.dtype]
+        theirs = GemLiteLinearTriton(2, group_size, K, N, input_dtype=dtype, output_dtype=dtype)
+        theirs.pack((levels + 1).to(torch.uint8), scales, torch.ones_like(scales))
+    except Exception as error:  # a package of others must not end the run of everything else
+        reason = f"GemLite did not take the layer: {type(error).__name__}: {error}"
+        return dataclasses.replace(contender, refusal=lambda _: reason)
+    facts: list[int] = theirs.get_meta_args()
+
+    def multiply(x: Tensor, *tensors: Tensor) -> Tensor:
+        y: Tensor = forward_functional(x, None, list(tensors), facts)
+        return y
+
+    copies = _copies(weight.device, *(tensor.detach() for tensor in theirs.get_tensor_args()))
+    return dataclasses.replace(contender, copies=copies, multiply=multiply, refusal=_gemlite_refusal)
+
+
+def _gemlite_refusal(x: Tensor) -> str | None:
+    return None if x.is_cuda else f"GemLite's kernels need cuda, the tensors are on {x.device.type}"
+
+
+def _no_product(*_: Tensor) -> Tensor:
+    raise AssertionError("a contender that is refused is not called")
+
+
 def random_contenders(
     N: int, K: int, config: TernaryConfig, dtype: torch.dtype, kernels: tuple[str, ...], device: torch.device
 ) -> list[Contender]:
-    """The baselines and the kernels, on one random layer: uniform levels, exponents uniform over `EXPONENTS`."""
+    """Baselines, GemLite and the kernels, on one random layer: uniform levels, exponents uniform over `EXPONENTS`."""
     generator = torch.Generator(device).manual_seed(0)
     top = largest_level(config.planes)
     levels = torch.randint(-top, top + 1, (N, K), dtype=torch.int8, device=device, generator=generator)
@@ -169,4 +222,5 @@ def random_contenders(
     # levels: the packed form is what is tested.
     weight = levels.to(dtype) * expand_groups(exp2_exact(E).to(dtype), K, layer.group_size)
     copies = _copies(device, layer.T_packed.detach(), layer.E.detach())
-    return [*baselines(weight), *(_kernel(name, layer, weight, copies) for name in kernels)]
+    ours = [_kernel(name, layer, weight, copies) for name in kernels]
+    return [*baselines(weight), _gemlite(layer, weight, levels), *ours]

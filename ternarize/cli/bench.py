@@ -4,6 +4,7 @@ import argparse
 import datetime
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from rich.table import Table
 from ternarize import ops
 from ternarize.bench.ceilings import Ceilings, measure_ceilings
 from ternarize.bench.linear import Plan, Result, dense_seconds, measure_shape
+from ternarize.bench.roofline import check_picture, draw_roofline
 from ternarize.cli import add_output_arguments, bench_model
 from ternarize.cli.bench_arguments import DTYPES, add_layer_arguments, names_of, positive_numbers, ternary_config
 from ternarize.cli.machine import describe, versions
@@ -56,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="of timing, for one shape and number of tokens, everything together (default 0.5)",
     )
+    linear.add_argument("--plot", type=Path, metavar="FILE", help="also draw a roofline picture, .png or .svg")
     add_output_arguments(linear)
     decode = what.add_parser("decode", help="one token after the other: a whole ternary model beside a dense one")
     bench_model.add_arguments(decode, "decode")
@@ -100,6 +103,8 @@ def _linear(arguments: argparse.Namespace, output: Output, device: torch.device)
         device=device,
         seconds_per_cell=arguments.seconds_per_cell,
     )
+    if arguments.plot is not None:
+        check_picture(arguments.plot)
     command = _command(arguments)
     ceilings = measure_ceilings(plan)
     rates = ", ".join(f"{name} {rate / 1e12:.4g} TFLOP/s" for name, rate in ceilings.flops_per_second.items())
@@ -109,7 +114,7 @@ def _linear(arguments: argparse.Namespace, output: Output, device: torch.device)
         highlight=False,
         soft_wrap=True,
     )
-    cells = []
+    cells, results = [], []
     for N, K in arguments.shapes:
         measured = []
         with output.steps_progress() as progress:
@@ -120,7 +125,12 @@ def _linear(arguments: argparse.Namespace, output: Output, device: torch.device)
         output.console.print(_table(N, K, measured, ceilings))
         for line in _reasons(measured):
             output.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        results += [result for cell in measured for result in cell]
         cells += [_row(result, cell, ceilings) for cell in measured for result in cell]
+    if arguments.plot is not None:
+        title = f"{describe(device)['name']}, {arguments.dtype}, groups of {arguments.group_size}"
+        draw_roofline(arguments.plot, results, ceilings, title)
+        output.console.print(f"roofline: {arguments.plot}", highlight=False, soft_wrap=True)
     return {
         "command": command,
         "ceilings": {

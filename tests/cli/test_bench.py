@@ -26,7 +26,7 @@ def test_bench_linear_reports_every_cell_and_what_it_ran_on(capsys: pytest.Captu
     cells = {
         (cell["out_features"], cell["in_features"], cell["tokens"], cell["contender"]): cell for cell in report["cells"]
     }
-    assert len(cells) == 2 * 2 * 4
+    assert len(cells) == 2 * 2 * 5
     kernel, dense = cells[40, 100, 17, "torch"], cells[40, 100, 17, "dense"]
     assert kernel["times_dense"] == pytest.approx(dense["microseconds"] / kernel["microseconds"])
     assert kernel["teraflops_per_second"] == pytest.approx(2 * 40 * 100 * 17 / kernel["microseconds"] * 1e-6)

@@ -4,6 +4,7 @@ A kernel that reads out of bounds takes every tensor of its process with it. Con
 process asks, the others wait for it.
 """
 
+import contextlib
 import multiprocessing
 import os
 import traceback
@@ -59,13 +60,15 @@ class Process:
 
     def ask(self, method: str) -> None:
         """See `Remote`."""
-        self._connection.send(method)
+        # Of a process that has ended, the answer will tell.
+        with contextlib.suppress(BrokenPipeError):
+            self._connection.send(method)
 
     def answer(self) -> Any:
         """See `Remote`."""
         try:
             worked, value = self._connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             self._process.join()
             raise ContenderError(f"its process ended with code {self._process.exitcode}") from None
         if not worked:

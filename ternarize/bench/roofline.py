@@ -1,8 +1,8 @@
 """The roofline picture of `ternarize bench linear`: arithmetic intensity against arithmetic a second.
 
 Intensity counts weight, x and y once each, so the same layer lies further right the fewer bits its weights have. Under
-the slope a kernel waits for memory, under a flat roof for the matrix units (Williams, Waterman and Patterson, CACM 52(4),
-2009). Both are measured in the same run, see `ternarize.bench.ceilings`.
+the slope a kernel waits for memory, under a flat roof for the matrix units (Williams, Waterman and Patterson, CACM
+52(4), 2009). Both are measured in the same run, see `ternarize.bench.ceilings`.
 """
 
 import math

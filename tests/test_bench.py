@@ -1,4 +1,5 @@
 import functools
+import importlib.util
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -159,7 +160,7 @@ def test_gemlite_gets_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         GemLiteLinearTriton=FakeGemLite,
         forward_functional=FakeGemLite.forward_functional,
     )
-    monkeypatch.setattr(contenders_module.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
     monkeypatch.setitem(sys.modules, "gemlite", core)
     monkeypatch.setitem(sys.modules, "gemlite.core", core)
     x = torch.randn(3, 64).bfloat16()

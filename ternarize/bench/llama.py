@@ -102,7 +102,7 @@ def layers_that_fit(config: Config, models: Sequence[TernaryConfig | None], dtyp
             f"not one layer fits: {free_bytes / 1e9:.1f} GB are free, and {len(models)} contenders need "
             f"{fixed / 1e9:.1f} GB without any: use a smaller --model or fewer --kernels"
         )
-    return min(layers, config["num_hidden_layers"])
+    return min(layers, int(config["num_hidden_layers"]))
 
 
 @torch.no_grad()
@@ -128,7 +128,8 @@ def random_model(
     if ternary is not None:
         for dense in find_dense_layers(model, include=None, exclude=None, filter_fn=None):
             if dense.skip is None:
-                layer = _random_layer(*dense.weight.shape, ternary, dtype, generator)
+                N, K = dense.weight.shape
+                layer = _random_layer(N, K, ternary, dtype, generator)
                 layer.name = dense.name
                 for name in dense.names:
                     model.set_submodule(name, layer)

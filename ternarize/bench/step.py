@@ -207,7 +207,8 @@ class Contender:
     def _new_cache(self, dtype: torch.dtype) -> Any:
         from transformers import StaticCache
 
-        task, config = self._task, self._model.config
+        task = self._task
+        config: Any = self._model.config
         length = task.prompt if task.work == "prefill" else task.prompt + max(task.new_tokens, CHECKED_STEPS)
         cache = StaticCache(config=config, max_cache_len=length)
         heads = config.num_key_value_heads

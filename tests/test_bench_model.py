@@ -101,7 +101,7 @@ def test_a_ternary_model_is_frozen_integers_and_a_dense_head() -> None:
         assert not has_illegal_code(layer.T_packed)
         assert len(layer.E.unique()) == 3
         x = torch.randn(64, layer.in_features)
-        assert layer(x).std() == pytest.approx(1, rel=0.5)
+        assert layer(x).std() == pytest.approx(llama.GAIN, rel=0.5)
     assert type(model.get_submodule("lm_head")) is nn.Linear
     assert model.get_parameter("lm_head.weight") is model.get_parameter("model.embed_tokens.weight")
     assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.bfloat16}
@@ -298,7 +298,7 @@ def test_bench_decode_reports_every_contender(tiny: list[str], capsys: pytest.Ca
     report = json.loads(capsys.readouterr().out)
     assert report["command"] == (
         f"ternarize bench decode --model {tiny[1]} --layers 1 --batch 1,3 --prompt 5 --new-tokens 2 "
-        "--kernels auto,torch --activation none --group-size 32 --planes 1 --dtype bfloat16 --seconds 0"
+        "--kernels auto,torch --activation float --group-size 32 --planes 1 --dtype bfloat16 --seconds 0"
     )
     cells = {(cell["batch"], cell["contender"]): cell for cell in report["cells"]}
     assert list(cells) == [(b, name) for b in (1, 3) for name in ("dense", "ternary auto", "ternary torch")]

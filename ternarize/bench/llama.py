@@ -6,6 +6,7 @@ the memory of the host is ever made.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,10 @@ SHAPES: dict[str, Config] = {
     "70b": _LLAMA_3
     | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
 }
+
+#: Size of a product over the size of its input, roughly. With 1, the branches of 32 layers would bury what comes from
+#: the embedding, and rounding errors would grow from layer to layer until a check says nothing.
+GAIN = 0.5
 
 #: Memory that a contender needs beside its weights: the CUDA context of its process, workspaces of cuBLAS, activations,
 #: the cache of keys and values, for the check the head in float32 (4.2 GB of 70B). Enough for a few thousand tokens.
@@ -145,17 +150,19 @@ def random_model(
 def _fill(values: Tensor, module: nn.Module, generator: torch.Generator) -> Tensor:
     if isinstance(module, nn.Embedding):
         return values.normal_(generator=generator)
-    # A product keeps the size of its input; vectors are gains of norms, or biases that do no harm.
-    return values.normal_(std=values.shape[1] ** -0.5, generator=generator) if values.dim() == 2 else values.fill_(1)
+    # Vectors are gains of norms, or biases that do no harm.
+    if values.dim() != 2:
+        return values.fill_(1)
+    return values.normal_(std=GAIN * values.shape[1] ** -0.5, generator=generator)
 
 
 def _random_layer(
     N: int, K: int, config: TernaryConfig, dtype: torch.dtype, generator: torch.Generator
 ) -> TernaryLinear:
-    """Uniform levels and three neighbouring exponents, about the size that keeps the size of x."""
+    """Uniform levels and three neighbouring exponents, of about the size of dense weights."""
     top, device = largest_level(config.planes), generator.device
     levels = torch.randint(-top, top + 1, (N, K), dtype=torch.int8, device=device, generator=generator)
-    middle = -round(torch.tensor(K * top**2, dtype=torch.float64).log2().item() / 2)
+    middle = round(math.log2(GAIN / top * K**-0.5))
     groups = (N, groups_per_row(K, config.group_size))
     E = torch.randint(middle - 1, middle + 2, groups, dtype=torch.int8, device=device, generator=generator)
     return TernaryLinear.from_levels(levels, E, config=config, dtype=dtype)

@@ -22,7 +22,7 @@ DEFAULTS: dict[Work, tuple[str, int]] = {"decode": ("1,16", 128), "prefill": ("1
 
 FIT = "fit"
 
-ACTIVATIONS = ("none", "int8")
+ACTIVATIONS = ("float", "int8")
 
 
 def add_arguments(parser: argparse.ArgumentParser, work: Work) -> None:
@@ -62,9 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser, work: Work) -> None:
     parser.add_argument(
         "--activation",
         type=lambda text: names_of("activation", text, ACTIVATIONS),
-        default="none",
+        default="float",
         metavar="NAME,...",
-        help="of ternary contenders: none, int8 (default none)",
+        help="of ternary contenders: float, int8 (default float)",
     )
     add_layer_arguments(parser)
     parser.add_argument(
@@ -113,7 +113,7 @@ def _plan(arguments: argparse.Namespace, device: torch.device) -> Plan:
     for activation in arguments.activation:
         ternary = _with_activation(ternary_config(arguments), activation)
         for kernels in arguments.kernels:
-            name = f"ternary {kernels}" if activation == "none" else f"ternary {kernels} {activation}"
+            name = f"ternary {kernels}" if activation == "float" else f"ternary {kernels} {activation}"
             contenders[name] = (ternary, kernels)
     if arguments.layers == FIT:
         if device.type != "cuda":
@@ -136,10 +136,10 @@ def _plan(arguments: argparse.Namespace, device: torch.device) -> Plan:
 
 
 def _with_activation(config: TernaryConfig, activation: str) -> TernaryConfig:
-    if activation == "none":
+    if activation == "float":
         return config
     if "activation" not in {field.name for field in dataclasses.fields(config)}:
-        raise ConfigError(f"--activation {activation}: layers of this version take activations as they come: use none")
+        raise ConfigError(f"--activation {activation}: layers of this version take activations as they come: use float")
     changes: dict[str, Any] = {"activation": activation}
     return dataclasses.replace(config, **changes)
 

@@ -9,26 +9,31 @@ import torch
 from torch import Tensor
 
 from ternarize.backends.tilelang.hopper import TARGET
+from ternarize.backends.tilelang.layers import Dtype, LayerShape
 from ternarize.backends.tilelang.linear_decode import GROUP, DecodeTile, choose_decode_tile, decode_program
-from ternarize.backends.tilelang.linear_wgmma import Dtype, Tile, choose_wgmma_tile, wgmma_program
+from ternarize.backends.tilelang.linear_wgmma import Tile, choose_wgmma_tile, wgmma_program
 
 
-def choose_tile(M: int, N: int, K: int, g: int, dtype: Dtype) -> Tile | DecodeTile:
+def choose_tile(M: int, layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype) -> Tile | DecodeTile:
     """Which of the two programs a call runs, and its sizes.
 
     Up to 16 tokens of bfloat16 and groups of 128 go to linear_decode.cuh, if its part of x fits; all else to wgmma.
     """
-    decode = choose_decode_tile(M, N, K) if dtype == "bfloat16" and g == GROUP and M <= 16 else None
-    return decode or choose_wgmma_tile(M, N, K, g, dtype)
+    (layer,) = layers
+    decode = choose_decode_tile(M, layer.N, K) if dtype == "bfloat16" and g == GROUP and M <= 16 else None
+    return decode or choose_wgmma_tile(M, layers, K, g, dtype)
 
 
 @functools.cache
-def _compiled(N: int, K: int, g: int, dtype: Dtype, has_bias: bool, tile: Tile | DecodeTile) -> Callable[..., None]:
-    """The kernel for one layer shape, built once a process; TileLang keeps compiled kernels on disk between them."""
+def _compiled(
+    layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, tile: Tile | DecodeTile
+) -> Callable[..., None]:
+    """The kernel for a call, built once a process; TileLang keeps compiled kernels on disk between them."""
     if isinstance(tile, DecodeTile):
-        program = decode_program(N, K, has_bias=has_bias, tile=tile)
+        (layer,) = layers
+        program = decode_program(layer.N, K, has_bias=layer.bias, tile=tile)
     else:
-        program = wgmma_program(N, K, g, dtype, has_bias=has_bias, tile=tile)
+        program = wgmma_program(layers, K, g, dtype, guarded=False, tile=tile)
     kernel: Callable[..., None] = tilelang.compile(program, target=TARGET)
     return kernel
 
@@ -68,6 +73,7 @@ def linear(
             if b is not None and exponent is not None:
                 arguments += [b, exponent]
             N = y.shape[-1]
-            kernel = _compiled(N, K, g, dtype, b is not None, choose_tile(M, N, K, g, dtype))
+            layers = (LayerShape(N=N, planes=1, mantissa=None, bias=b is not None),)
+            kernel = _compiled(layers, K, g, dtype, choose_tile(M, layers, K, g, dtype))
             kernel(*arguments, y.view(-1, N))
     return outputs

@@ -3,14 +3,14 @@
 """The program of `ternarize.backends.tilelang.linear` on wgmma, for any number of tokens."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tilelang.language as T
 
 from ternarize.backends.tilelang.hopper import MULTIPROCESSORS
-
-Dtype = Literal["bfloat16", "float16"]
+from ternarize.backends.tilelang.layers import Dtype, LayerShape, call_arguments
 
 SOURCE = Path(__file__).with_name("linear_wgmma.cuh").read_text()
 
@@ -37,15 +37,15 @@ def _exp2(exponent: Any) -> Any:
 
 
 def wgmma_program(
-    N: int,
+    layers: Sequence[LayerShape],
     K: int,
     g: int,
     dtype: Dtype,
     *,
-    has_bias: bool,
+    guarded: bool,
     tile: Tile,
 ) -> Any:
-    """The program for layers of one shape and any number of tokens.
+    """The program for the layers of a call and any number of tokens.
 
     It computes yᵀ = W · xᵀ: the trits are decoded in registers, straight into the A operand of wgmma, so no decoded
     weight is ever written to memory (linear_wgmma.cuh). One step along K is one scale group. bfloat16 holds T · 2^E
@@ -57,18 +57,18 @@ def wgmma_program(
     g = 32, TileLang copies with ordinary, predicated loads and stores instead.
 
     Args:
-        N: out_features.
+        layers: of the call: one, of one plane, without a mantissa.
         K: in_features, a multiple of g.
         g: weights a scale group, one of 32, 64, 128 and 256.
         dtype: of x and y.
-        has_bias: whether the program takes bias and bias_exponent, after E.
+        guarded: whether there is a status for each layer.
         tile: how the work is shared out.
 
     Returns:
-        A TileLang prim_func of x [M, K], T_packed uint8 [N, K / 4], E int8 [N, K / g], bias int32 [N] and bias_exponent
-        int8 [1] if there is a bias, and y [M, N], which it writes.
+        A TileLang prim_func of the arguments of `ternarize.backends.tilelang.layers.call_arguments`.
     """
-    M = T.dynamic("M")
+    (layer,) = layers
+    N, has_bias = layer.N, layer.bias
     BLOCK_M, BLOCK_N, split = tile.BLOCK_M, tile.BLOCK_N, tile.split
     bytes_per_group = g // 4
     pairs = g // 32
@@ -76,8 +76,17 @@ def wgmma_program(
     scaled = dtype == "bfloat16"
     decode_weight = f"ternarize::decode_weight<{g}, {str(scaled).lower()}>"
 
-    @T.macro
-    def block(x, T_packed, E, bias, bias_exponent, y):
+    @T.prim_func
+    def ternary_linear():
+        x, (buffers,) = call_arguments(layers, K, g, dtype, guarded=guarded)
+        T_packed, E, bias, bias_exponent, y = (
+            buffers.T_packed,
+            buffers.E,
+            buffers.bias,
+            buffers.bias_exponent,
+            buffers.y,
+        )
+        M = x.shape[0]
         with T.Kernel(
             split * T.ceildiv(N, BLOCK_N), T.ceildiv(M, BLOCK_M), threads=2 * BLOCK_N, cluster_dims=split
         ) as (block_n, block_m):
@@ -166,30 +175,6 @@ def wgmma_program(
                 # No block may leave while another reads its shared memory.
                 T.call_extern("handle", "ternarize::cluster_barrier")
 
-    if has_bias:
-
-        @T.prim_func
-        def ternary_linear(
-            x: T.Tensor((M, K), dtype),
-            T_packed: T.Tensor((N, K // 4), T.uint8),
-            E: T.Tensor((N, K // g), T.int8),
-            bias: T.Tensor((N,), T.int32),
-            bias_exponent: T.Tensor((1,), T.int8),
-            y: T.Tensor((M, N), dtype),
-        ):
-            block(x, T_packed, E, bias, bias_exponent, y)
-
-    else:
-
-        @T.prim_func
-        def ternary_linear(
-            x: T.Tensor((M, K), dtype),
-            T_packed: T.Tensor((N, K // 4), T.uint8),
-            E: T.Tensor((N, K // g), T.int8),
-            y: T.Tensor((M, N), dtype),
-        ):
-            block(x, T_packed, E, None, None, y)
-
     return ternary_linear
 
 
@@ -212,13 +197,14 @@ TILES = (_NARROW, _MIDDLE, _MIDDLE_WIDE, _WIDE, _WIDEST)
 _LEAST_STEPS = 16
 
 
-def choose_wgmma_tile(M: int, N: int, K: int, g: int, dtype: Dtype) -> Tile:
+def choose_wgmma_tile(M: int, layers: Sequence[LayerShape], K: int, g: int, dtype: Dtype) -> Tile:
     """The sizes of the program for M tokens.
 
     The largest tile that M tokens fill and whose blocks, with K split in two where that leaves them room, keep six in
     ten multiprocessors busy. A layer too small for any splits K further. Distilled from timings of every tile at the
     shapes of docs/benchmarks.md on one H200.
     """
+    N = sum(layer.N for layer in layers)
     tiles = [tile for tile in TILES if tile is not _WIDEST or (dtype == "bfloat16" and g in (64, 128))]
     if g > 128:
         # Stages of twice the size leave no room for a second block.

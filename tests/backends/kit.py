@@ -75,6 +75,25 @@ def linear(backend: str, x: Tensor, layers: list[Weights], group_size: int) -> l
     return outputs
 
 
+def linear_int8(
+    backend: str, q: Tensor, scale: Tensor, layers: list[Weights], group_size: int, dtype: torch.dtype
+) -> list[Tensor]:
+    """The lowered op of a backend."""
+    op = getattr(torch.ops.ternarize, f"linear_int8_{backend}")
+    outputs: list[Tensor] = op(
+        q,
+        scale,
+        [w.T_packed for w in layers],
+        [w.E for w in layers],
+        [w.E_mantissa for w in layers],
+        [w.bias for w in layers],
+        [w.bias_exponent for w in layers],
+        group_size,
+        dtype,
+    )
+    return outputs
+
+
 def grad_input(backend: str, grad_y: list[Tensor], layers: list[Weights], in_features: int, group_size: int) -> Tensor:
     """The lowered op of a backend."""
     op = getattr(torch.ops.ternarize, f"grad_input_{backend}")

@@ -190,7 +190,7 @@ def test_the_kernel_decodes_into_the_registers_of_wgmma_and_compiles(
     from ternarize.backends.tilelang.linear_wgmma import TILES
 
     sizes = dataclasses.replace(TILES[tile], split=split)
-    source = _lower(kernel_module.wgmma_program(N, K, g, dtype, has_bias=has_bias, tile=sizes))
+    source = _lower(kernel_module.wgmma_program(_layers(N, bias=has_bias), K, g, dtype, guarded=False, tile=sizes))
     assert "wgmma_rs<" in source
     assert "tma_load(x_desc" in source
     assert ("tma_load(T_packed_desc" in source) == packed_by_tma
@@ -240,18 +240,24 @@ def _compile(source: str, folder: Path) -> str:
     return result.stderr
 
 
+def _layers(*out_features: int, bias: bool = False) -> tuple[Any, ...]:
+    from ternarize.backends.tilelang.layers import LayerShape
+
+    return tuple(LayerShape(N=N, planes=1, mantissa=None, bias=bias) for N in out_features)
+
+
 def test_the_tile_grows_with_the_work() -> None:
     from ternarize.backends.tilelang.linear import choose_tile
     from ternarize.backends.tilelang.linear_wgmma import TILES
 
     narrow, middle, middle_wide, wide, widest = TILES
-    assert choose_tile(16, 28672, 4096, 128, "float16") == narrow
-    assert choose_tile(64, 4096, 4096, 128, "bfloat16") == dataclasses.replace(middle, split=2)
-    assert choose_tile(64, 28672, 4096, 128, "bfloat16") == middle_wide
-    assert choose_tile(300, 14336, 4096, 128, "bfloat16") == widest
+    assert choose_tile(16, _layers(28672), 4096, 128, "float16") == narrow
+    assert choose_tile(64, _layers(4096), 4096, 128, "bfloat16") == dataclasses.replace(middle, split=2)
+    assert choose_tile(64, _layers(28672), 4096, 128, "bfloat16") == middle_wide
+    assert choose_tile(300, _layers(14336), 4096, 128, "bfloat16") == widest
     # No room for the sums of 256 tokens twice, or for stages of 256 x 256.
-    assert choose_tile(8192, 4096, 4096, 128, "float16") == wide
-    assert choose_tile(8192, 4096, 4096, 256, "bfloat16") == wide
+    assert choose_tile(8192, _layers(4096), 4096, 128, "float16") == wide
+    assert choose_tile(8192, _layers(4096), 4096, 256, "bfloat16") == wide
 
 
 def test_k_is_split_when_the_blocks_are_too_few() -> None:
@@ -259,7 +265,7 @@ def test_k_is_split_when_the_blocks_are_too_few() -> None:
     from ternarize.backends.tilelang.linear_wgmma import Tile
 
     for N, K, split in ((4096, 4096, 2), (8192, 28672, 2), (14336, 4096, 1), (4096, 2048, 1), (1024, 14336, 4)):
-        tile = choose_tile(64, N, K, 128, "bfloat16")
+        tile = choose_tile(64, _layers(N), K, 128, "bfloat16")
         assert isinstance(tile, Tile)
         assert tile.split == split
 
@@ -268,9 +274,9 @@ def test_few_tokens_decode() -> None:
     from ternarize.backends.tilelang.linear import choose_tile
     from ternarize.backends.tilelang.linear_decode import DecodeTile, choose_decode_tile
 
-    assert isinstance(choose_tile(16, 4096, 4096, 128, "bfloat16"), DecodeTile)
+    assert isinstance(choose_tile(16, _layers(4096), 4096, 128, "bfloat16"), DecodeTile)
     for M, dtype, g in ((17, "bfloat16", 128), (1, "float16", 128), (1, "bfloat16", 64)):
-        assert not isinstance(choose_tile(M, 4096, 4096, g, dtype), DecodeTile)  # type: ignore[arg-type]
+        assert not isinstance(choose_tile(M, _layers(4096), 4096, g, dtype), DecodeTile)  # type: ignore[arg-type]
     # Fewer rows than a row block, and an x that does not fit the shared memory of a cluster.
     assert choose_decode_tile(1, 8, 4096) is None
     assert choose_decode_tile(16, 4096, 2**16) is None

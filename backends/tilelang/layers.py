@@ -1,0 +1,85 @@
+"""The layers of a call, which share x and run in one launch, as the TileLang programs see them."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import tilelang.language as T
+from tilelang import tvm
+
+Dtype = Literal["bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerShape:
+    """What a program must know of one layer of a call."""
+
+    N: int
+    """out_features."""
+    planes: int
+    """Trit planes: 1, 2 or 3."""
+    mantissa: str | None
+    """None, or the dtype of E_mantissa: "uint8", "int16" or "int32"."""
+    bias: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerBuffers:
+    """The tensors of one layer, as TileLang buffers; None for those that it does not have."""
+
+    T_packed: Any
+    """uint8 [N, B], or [P, N, B] of more than one plane."""
+    E: Any
+    """int8 [N, G]."""
+    E_mantissa: Any
+    """[N, G]."""
+    bias: Any
+    """int32 [N]."""
+    bias_exponent: Any
+    """int8 [1]."""
+    status: Any
+    """int32 [2], of a guarded call."""
+    y: Any
+    """[M, N], written."""
+
+
+def call_arguments(
+    layers: Sequence[LayerShape], K: int, g: int, dtype: Dtype, *, guarded: bool
+) -> tuple[Any, list[LayerBuffers]]:
+    """Declare the arguments of the prim_func that is being built; to be called first in its body.
+
+    The order is that of the kernel's call: x; T_packed, E, E_mantissa, bias, bias_exponent and status of each layer, as
+    far as it has them; then the y of each.
+
+    Args:
+        layers: of the call.
+        K: in_features.
+        g: weights a scale group, at most K.
+        dtype: of x and y.
+        guarded: whether there is a status for each layer.
+
+    Returns:
+        x [M, K], whose M is known at the call, and the buffers of each layer.
+    """
+
+    def argument(name: str, shape: tuple[Any, ...], dtype: str) -> Any:
+        return tvm.script.ir_builder.tirx.arg(name, T.Tensor(shape, dtype))
+
+    M = T.dynamic("M")
+    B, G = -(-K // 4), -(-K // g)
+    x = argument("x", (M, K), dtype)
+    inputs = []
+    for i, layer in enumerate(layers):
+        planes = (layer.planes,) if layer.planes > 1 else ()
+        inputs.append(
+            {
+                "T_packed": argument(f"T_packed_{i}", (*planes, layer.N, B), "uint8"),
+                "E": argument(f"E_{i}", (layer.N, G), "int8"),
+                "E_mantissa": argument(f"E_mantissa_{i}", (layer.N, G), layer.mantissa) if layer.mantissa else None,
+                "bias": argument(f"bias_{i}", (layer.N,), "int32") if layer.bias else None,
+                "bias_exponent": argument(f"bias_exponent_{i}", (1,), "int8") if layer.bias else None,
+                "status": argument(f"status_{i}", (2,), "int32") if guarded else None,
+            }
+        )
+    outputs = [argument(f"y_{i}", (M, layer.N), dtype) for i, layer in enumerate(layers)]
+    return x, [LayerBuffers(**buffers, y=y) for buffers, y in zip(inputs, outputs, strict=True)]

@@ -331,7 +331,7 @@ def test_a_wrong_model_fails_the_run(
         (["--layers", "some"], "'some' is no positive number"),
         (["--prompt", "1,2"], "more than one number"),
         (["--kernels", "cuda"], "'cuda' is not among kernels"),
-        (["--activation", "int4"], "'int4' is not among activation"),
+        (["--activation", "int4"], "'int4' is not among activations"),
         (["--group-size", "3"], "--group-size"),
         (["--model", "9b"], "--model '9b'"),
         (["--layers", "fit"], "there is none: give a number"),

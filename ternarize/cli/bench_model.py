@@ -14,15 +14,13 @@ from ternarize.bench.model import DENSE, Plan, Result, measure_batch, times_dens
 from ternarize.bench.step import Work
 from ternarize.cli.bench_arguments import DTYPES, add_layer_arguments, names_of, positive_numbers, ternary_config
 from ternarize.cli.output import Output
-from ternarize.config import Kernels, TernaryConfig
+from ternarize.config import Activation, Kernels, TernaryConfig
 from ternarize.errors import ConfigError
 
 #: Of each verb: sequences, and tokens of each prompt.
 DEFAULTS: dict[Work, tuple[str, int]] = {"decode": ("1,16", 128), "prefill": ("1", 4096)}
 
 FIT = "fit"
-
-ACTIVATIONS = ("float", "int8")
 
 
 def add_arguments(parser: argparse.ArgumentParser, work: Work) -> None:
@@ -61,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser, work: Work) -> None:
     )
     parser.add_argument(
         "--activation",
-        type=lambda text: names_of("activation", text, ACTIVATIONS),
+        type=lambda text: names_of("activations", text, get_args(Activation)),
         default="float",
         metavar="NAME,...",
         help="of ternary contenders: float, int8 (default float)",
@@ -111,7 +109,7 @@ def _plan(arguments: argparse.Namespace, device: torch.device) -> Plan:
     config, dtype = model_config(arguments.model), DTYPES[arguments.dtype]
     contenders: dict[str, tuple[TernaryConfig | None, Kernels]] = {DENSE: (None, "auto")}
     for activation in arguments.activation:
-        ternary = _with_activation(ternary_config(arguments), activation)
+        ternary = dataclasses.replace(ternary_config(arguments), activation=activation)
         for kernels in arguments.kernels:
             name = f"ternary {kernels}" if activation == "float" else f"ternary {kernels} {activation}"
             contenders[name] = (ternary, kernels)
@@ -133,15 +131,6 @@ def _plan(arguments: argparse.Namespace, device: torch.device) -> Plan:
         seconds=arguments.seconds,
         start_times=arguments.start_times,
     )
-
-
-def _with_activation(config: TernaryConfig, activation: str) -> TernaryConfig:
-    if activation == "float":
-        return config
-    if "activation" not in {field.name for field in dataclasses.fields(config)}:
-        raise ConfigError(f"--activation {activation}: layers of this version take activations as they come: use float")
-    changes: dict[str, Any] = {"activation": activation}
-    return dataclasses.replace(config, **changes)
 
 
 def _command(arguments: argparse.Namespace, plan: Plan) -> str:

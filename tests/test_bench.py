@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ternarize import ops
+from ternarize.activation import quantize_activation
 from ternarize.bench import contenders as contenders_module
 from ternarize.bench.ceilings import Ceilings, measure_ceilings
 from ternarize.bench.contenders import baselines, random_contenders
@@ -201,6 +202,20 @@ def test_bytes_and_arithmetic_are_counted_once_each() -> None:
     assert dense.bytes == 2 * (32 * 64 + 5 * 64 + 5 * 32)
     assert int8.bytes == 32 * 64 + 5 * 64 + 4 * 5 * 32
     assert torch_kernel.bytes == 32 * 64 // 4 + 32 * 2 + 2 * (5 * 64 + 5 * 32)
+
+
+def test_rounding_x_to_int8_is_part_of_the_contender(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contenders_module, "_quantize", quantize_activation)
+    *_, plain, rounded = next(measure_shape(32, 64, plan(activations=("float", "int8"))))
+    assert (plain.contender, plain.rate) == ("torch", "dense")
+    assert (rounded.contender, rounded.rate, rounded.status) == ("torch int8", "int8", "ok")
+    assert rounded.error is not None
+    assert rounded.error < 2e-3
+    # Of x as it is, the product is ten times further away.
+    x = torch.randn(5, 64).bfloat16()
+    *_, contender = random_contenders(32, 64, TernaryConfig(), torch.bfloat16, ("torch",), CPU, ("int8",))
+    y, exact = contender.multiply(x, *contender.copies[0]).double(), x.double() @ contender.weight.double().t()
+    assert (y - exact).norm() > 4e-3 * exact.norm()
 
 
 @pytest.mark.parametrize(

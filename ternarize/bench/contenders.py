@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ternarize import ops
+from ternarize.activation import dequantize_activation, quantize_activation
 from ternarize.backends.select import facts_of, verify
 from ternarize.bench.timing import copies_needed
-from ternarize.config import TernaryConfig
+from ternarize.config import Activation, TernaryConfig
 from ternarize.layer import TernaryLinear
 from ternarize.packing import ROW, exp2_exact, expand_groups, groups_per_row, largest_level
 
@@ -36,6 +37,10 @@ EXPONENTS = (-9, -4)
 DENSE = "dense"
 
 
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
 @dataclasses.dataclass(frozen=True)
 class Contender:
     """One way to compute y = x · Wᵀ."""
@@ -44,7 +49,7 @@ class Contender:
     rate: str
     """Of the baselines, the one whose unit does the arithmetic: its highest rate bounds this contender too."""
     weight: Tensor
-    """[N, K]: the result must be operand · weightᵀ, in float64."""
+    """[N, K]: the result must be rounded operand · weightᵀ, in float64."""
     copies: list[tuple[Tensor, ...]]
     """The weight as ``multiply`` takes it, several times."""
     multiply: Callable[..., Tensor]
@@ -54,6 +59,8 @@ class Contender:
     refusal: Callable[[Tensor], str | None]
     """Why it cannot run for this x, or None."""
     tolerance: float
+    rounded: Callable[[Tensor], Tensor] = _same
+    """What it multiplies in place of the operand if it rounds it on its way, within the time."""
 
     @property
     def weight_bytes(self) -> int:
@@ -64,10 +71,6 @@ class Contender:
 def _copies(device: torch.device, *weight: Tensor) -> list[tuple[Tensor, ...]]:
     more = copies_needed(sum(tensor.nbytes for tensor in weight), device) - 1
     return [weight, *(tuple(tensor.clone() for tensor in weight) for _ in range(more))]
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 def _runs_anywhere(_: Tensor) -> str | None:
@@ -137,9 +140,12 @@ def baselines(weight: Tensor) -> list[Contender]:
     ]
 
 
-def _kernel(name: str, layer: TernaryLinear, weight: Tensor, copies: list[tuple[Tensor, ...]]) -> Contender:
+def _kernel(
+    name: str, activation: Activation, layer: TernaryLinear, weight: Tensor, copies: list[tuple[Tensor, ...]]
+) -> Contender:
     # The op, as a compiled graph calls it: in a CUDA graph nothing is left of its dispatch.
-    op = ops.lowered("linear", name)
+    stem = ops.LINEAR_STEM[activation]
+    op = ops.lowered(stem, name)
 
     def arguments(x: Tensor, T_packed: Tensor, E: Tensor) -> tuple[object, ...]:
         return (x, [T_packed], [E], [None], [None], [None], layer.group_size)
@@ -148,11 +154,29 @@ def _kernel(name: str, layer: TernaryLinear, weight: Tensor, copies: list[tuple[
         outputs: list[Tensor] = op(*arguments(x, T_packed, E))
         return outputs[0]
 
+    def round_and_multiply(x: Tensor, T_packed: Tensor, E: Tensor) -> Tensor:
+        q, scale = _quantize(x)
+        outputs: list[Tensor] = op(q, scale, *arguments(x, T_packed, E)[1:], x.dtype)
+        return outputs[0]
+
     def refusal(x: Tensor) -> str | None:
-        ok, reason = verify(name, "linear", facts_of("linear", arguments(x, *copies[0])))
+        ok, reason = verify(name, stem, facts_of(stem, arguments(x, *copies[0])))
         return None if ok else reason
 
-    return Contender(name, DENSE, weight, copies, multiply, _same, refusal, TOLERANCE[weight.dtype])
+    plain = Contender(name, DENSE, weight, copies, multiply, _same, refusal, TOLERANCE[weight.dtype])
+    if activation == "float":
+        return plain
+    return dataclasses.replace(
+        plain, name=f"{name} int8", rate="int8", multiply=round_and_multiply, rounded=_rounded_to_int8
+    )
+
+
+#: As in a compiled graph, but for what comes before x there: one kernel instead of none.
+_quantize = torch.compile(quantize_activation, dynamic=True)
+
+
+def _rounded_to_int8(x: Tensor) -> Tensor:
+    return dequantize_activation(*quantize_activation(x), torch.float64)
 
 
 def _gemlite(layer: TernaryLinear, weight: Tensor, levels: Tensor) -> Contender:
@@ -208,7 +232,13 @@ def _no_product(*_: Tensor) -> Tensor:
 
 
 def random_contenders(
-    N: int, K: int, config: TernaryConfig, dtype: torch.dtype, kernels: tuple[str, ...], device: torch.device
+    N: int,
+    K: int,
+    config: TernaryConfig,
+    dtype: torch.dtype,
+    kernels: tuple[str, ...],
+    device: torch.device,
+    activations: tuple[Activation, ...] = ("float",),
 ) -> list[Contender]:
     """Baselines, GemLite and the kernels, on one random layer: uniform levels, exponents uniform over `EXPONENTS`."""
     generator = torch.Generator(device).manual_seed(0)
@@ -222,5 +252,5 @@ def random_contenders(
     # levels: the packed form is what is tested.
     weight = levels.to(dtype) * expand_groups(exp2_exact(E).to(dtype), K, layer.group_size)
     copies = _copies(device, layer.T_packed.detach(), layer.E.detach())
-    ours = [_kernel(name, layer, weight, copies) for name in kernels]
+    ours = [_kernel(name, activation, layer, weight, copies) for activation in activations for name in kernels]
     return [*baselines(weight), _gemlite(layer, weight, levels), *ours]

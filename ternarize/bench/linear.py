@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ternarize.bench.contenders import DENSE, Contender, random_contenders
 from ternarize.bench.timing import Pass, record, time_in_turns
-from ternarize.config import TernaryConfig
+from ternarize.config import Activation, TernaryConfig
 
 Status = Literal["ok", "wrong", "failed", "not run"]
 
@@ -28,7 +28,9 @@ class Plan:
     dtype: torch.dtype
     """Of x, bfloat16 or float16."""
     kernels: tuple[str, ...]
-    """Backends of the op `linear`."""
+    """Backends of the ops `linear` and `linear_int8`."""
+    activations: tuple[Activation, ...] = ("float",)
+    """Which of the two."""
     device: torch.device
     seconds_per_cell: float
     """Of timed rounds, for one shape and number of tokens, all contenders together."""
@@ -68,7 +70,7 @@ def measure_shape(N: int, K: int, plan: Plan) -> Iterator[list[Result]]:
     is one such result, of the contender "all", for the whole cell.
     """
     try:
-        contenders = random_contenders(N, K, plan.config, plan.dtype, plan.kernels, plan.device)
+        contenders = random_contenders(N, K, plan.config, plan.dtype, plan.kernels, plan.device, plan.activations)
     except Exception as error:  # out of memory, or a GPU that an earlier kernel has broken
         for M in plan.tokens:
             yield [_failed(N, K, M, error)]
@@ -124,7 +126,7 @@ class _Entrant:
 
     def _prepare(self, contender: Contender, x: Tensor) -> Pass | None:
         operand = contender.operand(x)
-        self._exact = _float64(operand)[self._rows] @ _float64(contender.weight).t()
+        self._exact = _float64(contender.rounded(operand))[self._rows] @ _float64(contender.weight).t()
         # Where the result will probably lie: what an earlier call left there would hide what is not written.
         x.new_full((x.shape[0], contender.weight.shape[0]), torch.nan)
         y = contender.multiply(operand, *contender.copies[0])
@@ -146,8 +148,8 @@ class _Entrant:
 
 
 def _float64(values: Tensor) -> Tensor:
-    # By way of float32, the one dtype that float8 surely converts to.
-    return values.to(torch.float32).double()
+    # Float8 surely converts to float32 only.
+    return values.double() if values.dtype == torch.float64 else values.to(torch.float32).double()
 
 
 def sample_rows(M: int, device: torch.device) -> Tensor:

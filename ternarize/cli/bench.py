@@ -15,7 +15,14 @@ from ternarize.bench.ceilings import Ceilings, measure_ceilings
 from ternarize.bench.linear import Plan, Result, dense_seconds, measure_shape
 from ternarize.bench.roofline import check_picture, draw_roofline
 from ternarize.cli import add_output_arguments, bench_model
-from ternarize.cli.bench_arguments import DTYPES, add_layer_arguments, names_of, positive_numbers, ternary_config
+from ternarize.cli.bench_arguments import (
+    DTYPES,
+    add_activation_argument,
+    add_layer_arguments,
+    names_of,
+    positive_numbers,
+    ternary_config,
+)
 from ternarize.cli.machine import describe, versions
 from ternarize.cli.output import Output
 from ternarize.evaluate import default_device
@@ -58,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="of timing, for one shape and number of tokens, everything together (default 0.5)",
     )
+    add_activation_argument(linear)
     linear.add_argument("--plot", type=Path, metavar="FILE", help="also draw a roofline picture, .png or .svg")
     add_output_arguments(linear)
     decode = what.add_parser("decode", help="one token after the other: a whole ternary model beside a dense one")
@@ -100,6 +108,7 @@ def _linear(arguments: argparse.Namespace, output: Output, device: torch.device)
         config=ternary_config(arguments),
         dtype=DTYPES[arguments.dtype],
         kernels=arguments.kernels,
+        activations=arguments.activation,
         device=device,
         seconds_per_cell=arguments.seconds_per_cell,
     )
@@ -151,7 +160,8 @@ def _command(arguments: argparse.Namespace) -> str:
     return (
         f"ternarize bench linear --shapes {shapes} --tokens {','.join(map(str, arguments.tokens))} "
         f"--group-size {arguments.group_size} --planes {arguments.planes} --dtype {arguments.dtype} "
-        f"--kernels {','.join(arguments.kernels)} --seconds-per-cell {arguments.seconds_per_cell:g}"
+        f"--kernels {','.join(arguments.kernels)} --activation {','.join(arguments.activation)} "
+        f"--seconds-per-cell {arguments.seconds_per_cell:g}"
     )
 
 

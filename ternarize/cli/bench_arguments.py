@@ -2,11 +2,11 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import torch
 
-from ternarize.config import TernaryConfig
+from ternarize.config import Activation, TernaryConfig
 from ternarize.errors import ConfigError, ShapeError
 
 Name = TypeVar("Name", bound=str)
@@ -21,6 +21,17 @@ def add_layer_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--planes", type=int, choices=(1, 2, 3), default=1, help="trit planes (default 1)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of floats (default bfloat16)")
+
+
+def add_activation_argument(parser: argparse.ArgumentParser) -> None:
+    """How ternary layers take x."""
+    parser.add_argument(
+        "--activation",
+        type=lambda text: names_of("activations", text, get_args(Activation)),
+        default="float",
+        metavar="NAME,...",
+        help="how ternary layers take x: float, int8 (default float)",
+    )
 
 
 def ternary_config(arguments: argparse.Namespace) -> TernaryConfig:

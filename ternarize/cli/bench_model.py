@@ -12,9 +12,16 @@ from rich.table import Table
 from ternarize.bench.llama import SHAPES, layers_that_fit, model_config
 from ternarize.bench.model import DENSE, Plan, Result, measure_batch, times_dense
 from ternarize.bench.step import Work
-from ternarize.cli.bench_arguments import DTYPES, add_layer_arguments, names_of, positive_numbers, ternary_config
+from ternarize.cli.bench_arguments import (
+    DTYPES,
+    add_activation_argument,
+    add_layer_arguments,
+    names_of,
+    positive_numbers,
+    ternary_config,
+)
 from ternarize.cli.output import Output
-from ternarize.config import Activation, Kernels, TernaryConfig
+from ternarize.config import Kernels, TernaryConfig
 from ternarize.errors import ConfigError
 
 #: Of each verb: sequences, and tokens of each prompt.
@@ -57,13 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser, work: Work) -> None:
         metavar="NAME,...",
         help="of ternary contenders: auto, tilelang, triton, torch (default auto)",
     )
-    parser.add_argument(
-        "--activation",
-        type=lambda text: names_of("activations", text, get_args(Activation)),
-        default="float",
-        metavar="NAME,...",
-        help="of ternary contenders: float, int8 (default float)",
-    )
+    add_activation_argument(parser)
     add_layer_arguments(parser)
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="of timing for a batch size, everything together (default 5)"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from ternarize.backends import ternary
 from ternarize.bench.llama import Config, random_model
 from ternarize.config import Kernels, TernaryConfig
 from ternarize.explain import explain
@@ -248,7 +249,8 @@ def _compile(step: Any, task: Task) -> Any:
         return torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
     # torch.compile takes a mode or options, not both: these are the options of the mode.
     options = torch._inductor.list_mode_options("reduce-overhead") | {"kernels": task.kernels}
-    return torch.compile(step, backend="ternary", fullgraph=True, dynamic=False, options=options)
+    # The function, not its name: that is known of installed packages only.
+    return torch.compile(step, backend=ternary, fullgraph=True, dynamic=False, options=options)
 
 
 def _attend_causally(model: nn.Module) -> None:

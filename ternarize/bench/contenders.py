@@ -151,12 +151,13 @@ def _kernel(
         return (x, [T_packed], [E], [None], [None], [None], layer.group_size)
 
     def multiply(x: Tensor, T_packed: Tensor, E: Tensor) -> Tensor:
-        outputs: list[Tensor] = op(*ops.with_status("linear", name, arguments(x, T_packed, E)))
+        outputs: list[Tensor] = op(*ops.with_status(stem, name, arguments(x, T_packed, E)))
         return outputs[0]
 
     def round_and_multiply(x: Tensor, T_packed: Tensor, E: Tensor) -> Tensor:
         q, scale = _quantize(x)
-        outputs: list[Tensor] = op(q, scale, *arguments(x, T_packed, E)[1:], x.dtype)
+        weights = arguments(x, T_packed, E)[1:]
+        outputs: list[Tensor] = op(*ops.with_status(stem, name, (q, scale, *weights, x.dtype)))
         return outputs[0]
 
     def refusal(x: Tensor) -> str | None:
@@ -171,8 +172,17 @@ def _kernel(
     )
 
 
-#: As in a compiled graph, but for what comes before x there: one kernel instead of none.
-_quantize = torch.compile(quantize_activation, dynamic=True)
+_compiled_quantize = torch.compile(quantize_activation, dynamic=False)
+
+
+def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As in a compiled graph, but for what comes before x there: one kernel instead of none.
+
+    Compiled for every shape: a bench has more of them than Dynamo would allow.
+    """
+    with torch._dynamo.config.patch(recompile_limit=1024):
+        q, scale = _compiled_quantize(x)
+    return q, scale
 
 
 def _rounded_to_int8(x: Tensor) -> Tensor:

@@ -109,7 +109,8 @@ def main() -> int:
         return 2
     command = [sys.executable, "-m", "tests.gpu.sanitize"]
     compilers = [subprocess.Popen([*command, str(first), str(COMPILERS)]) for first in range(COMPILERS)]
-    if any([process.wait() for process in compilers]):
+    failures = sum(process.wait() != 0 for process in compilers)
+    if failures:
         return 1
     # Each tensor in its own allocation: in PyTorch's pools most accesses out of bounds would hit a neighbour.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

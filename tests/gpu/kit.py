@@ -43,9 +43,9 @@ def random_tokens(*shape: int, device: str = "cuda") -> Tensor:
 
 
 def compile_fresh(model: nn.Module, kernels: Kernels = "auto", *, cuda_graphs: bool = False) -> Any:
-    """The model compiled with an empty Dynamo; with CUDA graphs as by mode="reduce-overhead", which takes no options."""
+    """The model compiled with an empty Dynamo, with CUDA graphs as by mode="reduce-overhead": that takes no options."""
     torch._dynamo.reset()
-    options = {"kernels": kernels, "triton.cudagraphs": cuda_graphs}
+    options: dict[str, Any] = {"kernels": kernels, "triton.cudagraphs": cuda_graphs}
     return torch.compile(model, backend="ternary", fullgraph=True, options=options)
 
 

@@ -156,8 +156,8 @@ def _kernel(
 
     def round_and_multiply(x: Tensor, T_packed: Tensor, E: Tensor) -> Tensor:
         q, scale = _quantize(x)
-        weights = arguments(x, T_packed, E)[1:]
-        outputs: list[Tensor] = op(*ops.with_status(stem, name, (q, scale, *weights, x.dtype)))
+        given = (q, scale, *arguments(x, T_packed, E)[1:], x.dtype)
+        outputs: list[Tensor] = op(*ops.with_status(stem, name, given))
         return outputs[0]
 
     def refusal(x: Tensor) -> str | None:

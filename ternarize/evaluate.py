@@ -67,7 +67,7 @@ def load(
         CheckpointError: if ``path`` is none of these, is damaged, has no tokenizer, or transformers is missing.
     """
     path = Path(path)
-    transformers = _transformers()
+    transformers = require_transformers()
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: give a folder with config.json, or a .gguf file")
     if path.suffix == ".gguf":
@@ -156,7 +156,12 @@ def _without_progress_bars(transformers: ModuleType) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _transformers() -> ModuleType:
+def require_transformers() -> ModuleType:
+    """The package transformers, which is an optional dependency.
+
+    Raises:
+        CheckpointError: if it is not there.
+    """
     try:
         return importlib.import_module("transformers")
     except ImportError as error:

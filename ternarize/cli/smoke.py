@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
     refused: dict[str, str] = {}
     measured: dict[str, Measurement] = {}
     for policy in policies:
-        name = policy or "as set"
+        name = policy or ("compiled" if arguments.compile else "eager")
         try:
             measured[name] = measure(
                 model, tokens, backward=arguments.backward, compiled=arguments.compile, kernels=policy
@@ -103,7 +103,7 @@ def _table(measured: dict[str, Measurement]) -> Table:
 
 def _cells(measured: Measurement) -> dict[str, str]:
     kernels = ", ".join(f"{kernel} x {count}" for kernel, count in measured.kernels.items())
-    cells = {"layers run by": kernels or "not compiled", **_seconds("forward", measured.forward)}
+    cells = {"layers run by": kernels or "kernels of eager mode", **_seconds("forward", measured.forward)}
     if measured.backward_update is not None:
         cells |= _seconds("backward and update", measured.backward_update)
     if measured.cuda_peak_bytes is not None:

@@ -31,8 +31,9 @@ class StraightThrough(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """Round a matrix."""
         scale = weight.detach().abs().mean().clamp_min(1e-6)
-        rounded = (weight / scale).round().clamp(-1, 1) * scale
-        return weight + (rounded - weight).detach()
+        rounded = (weight.detach() / scale).round().clamp(-1, 1) * scale
+        # Exactly the rounded weight, with the gradient of the weight.
+        return rounded + (weight - weight.detach())
 
 
 def builtin_config(*, hidden: int, layers: int, ctx: int, vocabulary: int) -> Any:

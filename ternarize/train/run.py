@@ -13,6 +13,7 @@ from ternarize.api import freeze, is_ternary
 from ternarize.checkpoint import save_pretrained
 from ternarize.checkpoint.write import new_folder, write_json
 from ternarize.errors import CheckpointError, ConfigError
+from ternarize.evaluate import require_transformers, without_progress_bars
 from ternarize.train.checkpoint import load_checkpoint
 from ternarize.train.curves import read_log
 from ternarize.train.data import open_tokens, write_tokens
@@ -142,7 +143,7 @@ def export(model: nn.Module, source: Source, destination: Path) -> None:
     if is_ternary(model):
         save_pretrained(freeze(model), destination, force=True)
     else:
-        with new_folder(destination, force=True) as partial:
+        with new_folder(destination, force=True) as partial, without_progress_bars(require_transformers()):
             bake(model).save_pretrained(partial)  # type: ignore[operator]  # a method that transformers adds
     save_tokenizer(source.read_tokenizer(), destination)
 

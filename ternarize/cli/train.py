@@ -15,6 +15,7 @@ from ternarize.errors import ConfigError, ShapeError
 from ternarize.evaluate import default_device, require_transformers
 from ternarize.layer import ternary_layers
 from ternarize.train.curves import draw_curves, read_log
+from ternarize.train.determinism import deterministic_algorithms
 from ternarize.train.loop import StepRecord, Trainer, train
 from ternarize.train.model import builtin_config, read_model_config
 from ternarize.train.run import RunFolder, Source, export, start
@@ -55,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help='run through torch.compile, ternary layers with backend="ternary" (default: on a GPU)',
     )
+    running.add_argument(
+        "--deterministic",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let torch use deterministic algorithms only, so that a resumed run is the same bit for bit (default)",
+    )
 
 
 def _add_settings(group: argparse._ArgumentGroup) -> None:
@@ -93,16 +100,31 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
     for name in ("save_every", "eval_every"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: use at least 1")
-    settings = _settings(arguments)
     source = Source(texts=tuple(arguments.text), validation=arguments.validation, tokenizer=arguments.tokenizer)
-    folder, device = RunFolder(arguments.out), arguments.device or default_device()
+    folder = RunFolder(arguments.out)
+    with deterministic_algorithms(arguments.deterministic):
+        trainer = _start(arguments, folder, source)
+        output.console.print(_introduction(trainer), highlight=False, soft_wrap=True)
+        finished = _train(trainer, folder, arguments, output)
+    records = read_log(folder.log)
+    _draw(records, folder, output)
+    if not finished:
+        output.warn(f"stopped after step {trainer.step}, which is saved: the same call with --resume goes on")
+        raise KeyboardInterrupt
+    export(trainer.model, source, folder.model)
+    output.console.print(f"the model is in {folder.model}: ternarize generate {folder.model} --prompt ...")
+    return _result(trainer, folder, records)
+
+
+def _start(arguments: argparse.Namespace, folder: RunFolder, source: Source) -> Trainer:
+    settings, device = _settings(arguments), arguments.device or default_device()
 
     def model_config(vocabulary: int) -> Any:
         if arguments.model is not None:
             return read_model_config(arguments.model, ctx=settings.ctx, vocabulary=vocabulary)
         return builtin_config(hidden=arguments.hidden, layers=arguments.layers, ctx=settings.ctx, vocabulary=vocabulary)
 
-    trainer = start(
+    return start(
         folder,
         settings,
         source,
@@ -112,16 +134,6 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
         skip_nonfinite=arguments.skip_nonfinite,
         resume=arguments.resume,
     )
-    output.console.print(_introduction(trainer), highlight=False, soft_wrap=True)
-    finished = _train(trainer, folder, arguments, output)
-    records = read_log(folder.log)
-    _draw(records, folder, output)
-    if not finished:
-        output.warn(f"stopped after step {trainer.step}, which is saved: the same call with --resume goes on")
-        raise KeyboardInterrupt
-    export(trainer.model, source, folder.model)
-    output.console.print(f"the model is in {folder.model}: ternarize generate {folder.model} --prompt ...")
-    return _result(trainer, folder, records)
 
 
 def _settings(arguments: argparse.Namespace) -> TrainSettings:

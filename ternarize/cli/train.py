@@ -112,7 +112,11 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
         output.warn(f"stopped after step {trainer.step}, which is saved: the same call with --resume goes on")
         raise KeyboardInterrupt
     export(trainer.model, source, folder.model)
-    output.console.print(f"the model is in {folder.model}: ternarize generate {folder.model} --prompt ...")
+    output.console.print(
+        f"the model is in {folder.model}: ternarize generate {folder.model} --prompt ...",
+        highlight=False,
+        soft_wrap=True,
+    )
     return _result(trainer, folder, records)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -93,7 +94,7 @@ def measure(
         torch.cuda.reset_peak_memory_stats(device)
 
     def update(loss: Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]  # of torch
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -101,10 +102,10 @@ def measure(
     autocast = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
     for _ in range(1 + WARM_CALLS):
         with torch.set_grad_enabled(backward), autocast:
-            loss, seconds = _timed(lambda: run(tokens), cuda=cuda)
+            loss, seconds = _timed(functools.partial(run, tokens), cuda=cuda)
         forwards.append(seconds)
         if backward:
-            _, seconds = _timed(lambda loss=loss: update(loss), cuda=cuda)
+            _, seconds = _timed(functools.partial(update, loss), cuda=cuda)
             updates.append(seconds)
         losses.append(loss.detach())
     return Measurement(

@@ -112,4 +112,5 @@ class SmokeModel(nn.Module):
             y, quantiser_loss = self.vq(x)
             x = x + y
         logits = self.lm_head(self.norm(x)).flatten(0, 1).float()
-        return F.cross_entropy(logits, tokens[:, 1:].flatten()) + quantiser_loss
+        loss: Tensor = F.cross_entropy(logits, tokens[:, 1:].flatten()) + quantiser_loss
+        return loss

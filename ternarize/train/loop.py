@@ -101,7 +101,7 @@ class Trainer:
             if not math.isfinite(value):
                 self._refuse(value)
                 return total
-            (loss / settings.accum).backward()  # type: ignore[no-untyped-call]  # of torch
+            (loss / settings.accum).backward()
         try:
             self.optimizer.step()
         except NonFiniteError as error:

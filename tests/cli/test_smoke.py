@@ -58,7 +58,7 @@ def test_smoke_prints_times_and_counts(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_a_loss_that_is_not_finite_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(**options: bool) -> nn.Module:
-        model = SmokeModel(**options)  # type: ignore[arg-type]
+        model = SmokeModel(**options)
         nn.init.constant_(model.embed.weight, torch.inf)
         return model
 

@@ -39,12 +39,16 @@ def draw_curves(runs: Mapping[str, list[dict[str, Any]]], file: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for i, (name, records) in enumerate(runs.items()):
-        trained = [(r["step"], r["loss"]) for r in records if r["loss"] is not None]
-        validated = [(r["step"], r["validation"]) for r in records if r["validation"] is not None]
-        axes.plot(*zip(*trained, strict=True), color=f"C{i}", alpha=0.3, linewidth=0.8)
-        axes.plot(*zip(*validated, strict=True), color=f"C{i}", marker=".", label=name)
+        trained = [r for r in records if r["loss"] is not None]
+        validated = [r for r in records if r["validation"] is not None]
+        axes.plot(_column(trained, "step"), _column(trained, "loss"), color=f"C{i}", alpha=0.3, linewidth=0.8)
+        axes.plot(_column(validated, "step"), _column(validated, "validation"), color=f"C{i}", marker=".", label=name)
     axes.set_xlabel("steps")
     axes.set_ylabel("nats a token; points: validation")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=120)
+
+
+def _column(records: list[dict[str, Any]], name: str) -> list[Any]:
+    return [record[name] for record in records]

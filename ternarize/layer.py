@@ -42,7 +42,7 @@ class TernaryLinear(nn.Module):
         in_features: K.
         out_features: N.
         bias: whether there is a bias.
-        config: group size, planes, rule and form.
+        config: group size, planes, activation, rule and form.
         trainable: whether to keep the rule's state; only layers of one plane can.
         device: of the parameters.
         dtype: that a dense twin would have; `weight` and `ternarize.dequantize` use it. Casts of the model change it.
@@ -83,6 +83,7 @@ class TernaryLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.config = config
         self.rule: str = config.rule
+        self.activation: str = config.activation
         # A group longer than the row is the row: one spelling, so that equal layers compare and fuse.
         self.group_size: int = ROW if config.group_size >= in_features else config.group_size
         self.dtype = dtype or torch.get_default_dtype()
@@ -209,16 +210,18 @@ class TernaryLinear(nn.Module):
         self._announce()
 
     def _announce(self) -> None:
-        """Tell the output guard whose status this is, and Dynamo that no size of the transients ever changes.
+        """Tell the output guard whose status this is, and Dynamo that the transients keep their sizes and addresses.
 
         Dynamo takes parameters to be static, but with dynamic=True it would trace other tensors with symbolic sizes,
-        and take a batch of 2 and the 2 entries of a status for the same symbol.
+        and take a batch of 2 and the 2 entries of a status for the same symbol. CUDA graphs would be replayed on copies
+        of them, or, as graphs write to them, not be used at all.
         """
         guard.register(self)
         for name in ("anchor", "status", "rng", *STAGE):
             tensor = getattr(self, name)
             if tensor is not None:
                 torch._dynamo.mark_static(tensor)
+                torch._dynamo.mark_static_address(tensor, guard=False)
 
     def prepare_training(self) -> None:
         """Allocate the stage, 8 bits a weight, that backward fills and the optimizer's step empties."""
@@ -283,19 +286,23 @@ class TernaryLinear(nn.Module):
                 _present(self.stage_col),
                 [self.status],
                 self.group_size,
+                self.activation,
                 self.rule,
             )
         else:
-            outputs = torch.ops.ternarize.linear(x, *weights, [self.status], self.group_size, self.tilelang)
+            outputs = torch.ops.ternarize.linear(
+                x, *weights, [self.status], self.group_size, self.activation, self.tilelang
+            )
         return outputs[0]
 
     def extra_repr(self) -> str:
         """In the manner of nn.Linear, with what is ternary about the layer."""
         group = "row" if self.group_size == ROW else self.group_size
+        activation = "" if self.activation == "float" else f", activation={self.activation}"
         training = f", rule={self.rule}" if self.trainable else ", frozen"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"group_size={group}, planes={self.planes}{training}"
+            f"group_size={group}, planes={self.planes}{activation}{training}"
         )
 
 

@@ -10,18 +10,16 @@ from torch import Tensor
 
 from ternarize.backends.tilelang.hopper import TARGET
 from ternarize.backends.tilelang.layers import Dtype, LayerShape
-from ternarize.backends.tilelang.linear_decode import GROUP, DecodeTile, choose_decode_tile, decode_program
+from ternarize.backends.tilelang.linear_decode import DecodeTile, choose_decode_tile, decode_program
 from ternarize.backends.tilelang.linear_wgmma import Tile, choose_wgmma_tile, wgmma_program
 
 
 def choose_tile(M: int, layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype) -> Tile | DecodeTile:
     """Which of the two programs a call runs, and its sizes.
 
-    Up to 16 tokens of bfloat16 and groups of 128 go to linear_decode.cuh, if its part of x fits; all else to wgmma.
+    What `choose_decode_tile` takes goes to linear_decode.cuh, all else to wgmma.
     """
-    (layer,) = layers
-    decode = choose_decode_tile(M, layer.N, K) if dtype == "bfloat16" and g == GROUP and M <= 16 else None
-    return decode or choose_wgmma_tile(M, layers, K, g, dtype)
+    return choose_decode_tile(M, layers, K, g, dtype) or choose_wgmma_tile(M, layers, K, g, dtype)
 
 
 @functools.cache
@@ -30,8 +28,7 @@ def _compiled(
 ) -> Callable[..., None]:
     """The kernel for a call, built once a process; TileLang keeps compiled kernels on disk between them."""
     if isinstance(tile, DecodeTile):
-        (layer,) = layers
-        program = decode_program(layer.N, K, has_bias=layer.bias, tile=tile)
+        program = decode_program(layers, K, g, dtype, guarded=False, tile=tile)
     else:
         program = wgmma_program(layers, K, g, dtype, guarded=False, tile=tile)
     kernel: Callable[..., None] = tilelang.compile(program, target=TARGET)

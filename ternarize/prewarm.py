@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,9 +17,6 @@ from ternarize.passes.manager import checks_finite
 if TYPE_CHECKING:
     # TileLang takes a second to import, and is for Linux.
     from ternarize.backends.tilelang.build import Program
-
-#: What is built where there is no GPU: kernels for Hopper.
-HOPPER = (9, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +39,17 @@ class Built:
     error: str | None = None
 
 
-def plan_call(call: Call, tokens: Iterable[int], dtype: torch.dtype, policy: Kernels) -> PlannedCall:
-    """Choose the kernels of a call as a compiled graph would: for this GPU, or for Hopper where there is none.
+def plan_call(
+    call: Call, tokens: Iterable[int], dtype: torch.dtype, policy: Kernels, capability: tuple[int, int]
+) -> PlannedCall:
+    """Choose the kernels of a call as a compiled graph would.
 
     Args:
         call: layers that share their input.
         tokens: numbers of input rows that there must be kernels for.
         dtype: of the input.
         policy: which kernels to use.
+        capability: of the GPU, which need not be here.
 
     Raises:
         KernelError: if the policy forces a backend that cannot run the call.
@@ -57,7 +57,7 @@ def plan_call(call: Call, tokens: Iterable[int], dtype: torch.dtype, policy: Ker
     first = call[0].empty(device="meta")
     facts = Facts(
         device="cuda",
-        capability=torch.cuda.get_device_capability() if torch.cuda.is_available() else HOPPER,
+        capability=capability,
         dtype=dtype,
         in_features=first.in_features,
         out_features=tuple(layer.out_features for layer in call),
@@ -82,22 +82,25 @@ def plan_call(call: Call, tokens: Iterable[int], dtype: torch.dtype, policy: Ker
 
 
 def build_all(programs: "Iterable[Program]", jobs: int) -> "Iterator[Built]":
-    """Compile programs side by side, for whoever asks TileLang's cache later; yields each as it is done.
+    """Compile programs, ``jobs`` at a time, for whoever asks TileLang's cache later; yields each as it is done."""
+    from ternarize.backends.tilelang.build import start
 
-    Args:
-        programs: distinct ones.
-        jobs: how many at a time.
-    """
-    from ternarize.backends.tilelang.build import compile_program
+    running: dict[Future[Any], Program] = {}
+    for program in [*programs, None]:
+        if program is not None:
+            running[start(program)] = program
+        # At the end all that still run, before it only what makes room.
+        while running and (program is None or len(running) >= jobs):
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            yield from (_built(running.pop(future), future) for future in done)
 
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(compile_program, program): program for program in programs}
-        for future in as_completed(futures):
-            try:
-                # A kernel that was loaded has no artifact of a compilation.
-                yield Built(futures[future], compiled=future.result().artifact is not None)
-            except Exception as error:  # whatever a compiler raises is the finding
-                yield Built(futures[future], compiled=False, error=f"{type(error).__name__}: {error}")
+
+def _built(program: "Program", future: "Future[Any]") -> Built:
+    error = future.exception()
+    if error is not None:
+        return Built(program, compiled=False, error=f"{type(error).__name__}: {error}")
+    # A kernel that was loaded has no artifact of a compilation.
+    return Built(program, compiled=future.result().artifact is not None)
 
 
 def default_jobs() -> int:

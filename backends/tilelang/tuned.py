@@ -94,7 +94,6 @@ def save(gpu: str, entries: Mapping[Key, AnyTile]) -> Path:
     """Add entries to the user's table for a GPU, in place of older ones for the same calls.
 
     Processes that save at the same time wait for each other; one that reads sees the old table or the new one.
-    A process reads tables once: what it saves holds for others.
 
     Returns:
         The file.
@@ -109,6 +108,7 @@ def save(gpu: str, entries: Mapping[Key, AnyTile]) -> Path:
         with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=f".{file.stem}", delete=False) as written:
             json.dump([_to_json(key, tile) for key, tile in merged.items()], written, indent=1)
         Path(written.name).replace(file)
+    table.cache_clear()
     return file
 
 

@@ -2,10 +2,12 @@
 
 import argparse
 import dataclasses
+import functools
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
@@ -16,6 +18,9 @@ from ternarize.cli.output import Output
 from ternarize.config import TernaryConfig, kernels_policy
 from ternarize.errors import ConfigError, ShapeError
 from ternarize.prewarm import Built, PlannedCall, build_all, default_jobs, plan_call, warm_triton
+
+if TYPE_CHECKING:
+    from ternarize.backends.tilelang.build import Program
 
 HELP = "compile the kernels of a model, or of some shapes, before its first call"
 
@@ -62,17 +67,20 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
     """Run the verb; not ok if a kernel cannot be built, or none for want of nvcc."""
     started = time.perf_counter()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    # Without a GPU, kernels are built for Hopper.
+    capability = torch.cuda.get_device_capability() if gpu is not None else CAPABILITY
     if arguments.tune and gpu is None:
         raise ConfigError("--tune measures kernels on a GPU, and there is none here: leave it out")
     dtype, policy = DTYPES[arguments.dtype], kernels_policy()
     calls = _calls(arguments)
-    planned = [plan_call(call, arguments.tokens, dtype, policy) for call in calls]
+    plan = functools.partial(plan_call, tokens=arguments.tokens, dtype=dtype, policy=policy, capability=capability)
+    planned = [plan(call) for call in calls]
     tuned = None
-    if arguments.tune:
-        tuned = _tune(planned, arguments, output)
-        # The choice is another now.
-        planned = [plan_call(call, arguments.tokens, dtype, policy) for call in calls]
-    built = _build(planned, arguments.jobs, output)
+    if arguments.tune and gpu is not None:
+        tuned = _tune(planned, arguments, gpu, output)
+        # The choice may be another now.
+        planned = [plan(call) for call in calls]
+    built = _build((program for each in planned for program in each.programs), arguments.jobs, output)
     triton = [each.call for each in planned if gpu is not None and each.choice.backend == "triton"]
     report = {
         "target": arguments.target,
@@ -85,9 +93,7 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
         "triton_runs": sum(warm_triton(call, arguments.tokens, dtype) for call in triton),
         "tuned": tuned,
         "seconds": time.perf_counter() - started,
-        "missing": None
-        if finds_nvcc() or (gpu is not None and torch.cuda.get_device_capability() != CAPABILITY)
-        else WITHOUT_NVCC,
+        "missing": WITHOUT_NVCC if capability == CAPABILITY and not finds_nvcc() else None,
     }
     report["ok"] = not report["failed"] and report["missing"] is None
     _print(report, output)
@@ -108,8 +114,39 @@ def _calls(arguments: argparse.Namespace) -> list[Call]:
         raise ConfigError(f"{arguments.target} is no folder, and as shapes: {error}") from None
 
 
-def _build(planned: list[PlannedCall], jobs: int, output: Output) -> list[Built]:
-    programs = list(dict.fromkeys(program for each in planned for program in each.programs))
+def _tune(planned: list[PlannedCall], arguments: argparse.Namespace, gpu: str, output: Output) -> dict[str, Any]:
+    """Time the tiles of every TileLang call; what gains goes into the user's table."""
+    from ternarize.backends.tilelang.linear import choose_tile
+    from ternarize.backends.tilelang.tune import tune_call, tuning_programs
+    from ternarize.backends.tilelang.tuned import save
+
+    programs = {
+        each.call: tuning_programs(next(iter(each.programs)), arguments.tokens) for each in planned if each.programs
+    }
+    _build(
+        (program for of_call in programs.values() for of_tokens in of_call.values() for program in of_tokens),
+        arguments.jobs,
+        output,
+    )
+    results = []
+    with output.steps_progress() as progress:
+        task = progress.add_task("timing tiles", total=sum(map(len, programs.values())))
+        for call, of_call in programs.items():
+            for result in tune_call(call, of_call, torch.device("cuda")):
+                results.append(result)
+                progress.advance(task)
+    gains = {result.key: result.tile for result in results if result.gains}
+    file = save(gpu, gains) if gains else None
+    # It has chosen without them.
+    choose_tile.cache_clear()
+    return {
+        "file": None if file is None else str(file),
+        "results": [{**dataclasses.asdict(result), "saved": result.gains} for result in results],
+    }
+
+
+def _build(wanted: "Iterable[Program]", jobs: int, output: Output) -> list[Built]:
+    programs = list(dict.fromkeys(wanted))
     # One line of progress instead of two of TileLang's a kernel.
     os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
     built = []
@@ -143,7 +180,7 @@ def _call_report(planned: PlannedCall) -> dict[str, Any]:
 
 def _print(report: dict[str, Any], output: Output) -> None:
     where = report["gpu"] or "no GPU here, kernels for Hopper (sm_90a)"
-    table = Table("call (out x in)", "backend", "kernels", "tokens", title=f"{report['target']}, {where}")
+    table = Table("out x in features", "backend", "kernels", "tokens", title=f"{report['target']}, {where}")
     for call in report["calls"]:
         shape = "+".join(map(str, call["out_features"])) + f" x {call['in_features']}"
         kernels = call["kernels"]
@@ -158,6 +195,16 @@ def _print(report: dict[str, Any], output: Output) -> None:
     if report["triton_runs"]:
         summary += f"; {report['triton_runs']} calls run for Triton's cache"
     output.console.print(f"{summary}; {report['seconds']:.1f} s", highlight=False)
+    if report["tuned"] is not None:
+        saved = [result for result in report["tuned"]["results"] if result["saved"]]
+        output.console.print(
+            f"{len(saved)} of {len(report['tuned']['results'])} tiles measured faster than the heuristic's, kept in "
+            f"{report['tuned']['file']}"
+            if saved
+            else "no tile measured faster than the heuristic's",
+            highlight=False,
+            soft_wrap=True,
+        )
     for failure in report["failed"]:
         output.warn(f"{failure['program']}: {failure['error']}")
     if report["missing"] is not None:

@@ -55,7 +55,7 @@ def calls_of_model(model: nn.Module) -> list[Call]:
     their values, is taken to call each layer by itself.
 
     Args:
-        model: with ternary layers; moved to the meta device.
+        model: with ternary layers; moved to the meta device, in bfloat16, which some kernels of PyTorch need.
     """
     # The inputs are kept: a tensor that is freed leaves its id to another.
     calls: dict[tuple[int, int, int], tuple[Tensor, list[PackedLayer]]] = {}
@@ -65,7 +65,7 @@ def calls_of_model(model: nn.Module) -> list[Call]:
             x = args[0]
             calls.setdefault((id(x), x._version, layer.group_size), (x, []))[1].append(PackedLayer.of(layer))
 
-    layers = [layer for _, layer in ternary_layers(model.to("meta"))]
+    layers = [layer for _, layer in ternary_layers(model.to("meta", torch.bfloat16))]
     hooks = [layer.register_forward_pre_hook(note) for layer in layers]
     try:
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):

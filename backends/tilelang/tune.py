@@ -159,7 +159,7 @@ def _random_layer(shape: PackedLayer, generator: torch.Generator) -> TernaryLine
     layer = shape.empty(device=generator.device)
 
     def integers(low: int, high: int, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.randint(low, high + 1, size, dtype=dtype, device=device, generator=generator)
+        return torch.randint(low, high + 1, size, dtype=dtype, device=generator.device, generator=generator)
 
     bias = layer.bias is not None
     return TernaryLinear.from_levels(

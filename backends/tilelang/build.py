@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import tilelang
 
@@ -37,12 +38,8 @@ class Program:
 
 def compile_program(program: Program) -> Kernel:
     """Trace a program, then compile it or load it from TileLang's cache. Any number of threads may."""
-    layers, K, g, dtype, tile = program.layers, program.K, program.g, program.dtype, program.tile
-    if isinstance(tile, DecodeTile):
-        (layer,) = layers
-        function = decode_program(layer.N, K, has_bias=layer.bias, tile=tile)
-    else:
-        function = wgmma_program(layers, K, g, dtype, guarded=program.guarded, tile=tile)
+    make: Any = decode_program if isinstance(program.tile, DecodeTile) else wgmma_program
+    function = make(program.layers, program.K, program.g, program.dtype, guarded=program.guarded, tile=program.tile)
     kernel: Kernel = tilelang.compile(function, target=TARGET)
     return kernel
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ternarize.backends.tilelang import build
 from ternarize.backends.tilelang.layers import Dtype, LayerShape
-from ternarize.backends.tilelang.linear_decode import GROUP, DecodeTile, choose_decode_tile
+from ternarize.backends.tilelang.linear_decode import DecodeTile, choose_decode_tile
 from ternarize.backends.tilelang.linear_wgmma import Tile, choose_wgmma_tile
 from ternarize.backends.tilelang.tuned import tuned_tile
 
@@ -22,17 +22,15 @@ def choose_tile(
     """Which of the two programs a call runs, and its sizes.
 
     What was measured comes first (`ternarize.backends.tilelang.tuned`), for ``gpu`` as `torch.cuda.get_device_name`
-    names it, or for any Hopper card if None. Else up to 16 tokens of bfloat16 and groups of 128 go to
-    linear_decode.cuh, if its part of x fits; all else to wgmma.
+    names it, or for any Hopper card if None. Else what `choose_decode_tile` takes goes to linear_decode.cuh, and all
+    that is left to wgmma.
     """
     return tuned_tile(gpu, M, layers, K, g, dtype) or heuristic_tile(M, layers, K, g, dtype)
 
 
 def heuristic_tile(M: int, layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype) -> Tile | DecodeTile:
     """The choice of `choose_tile` where nothing was measured."""
-    (layer,) = layers
-    decode = choose_decode_tile(M, layer.N, K) if dtype == "bfloat16" and g == GROUP and M <= 16 else None
-    return decode or choose_wgmma_tile(M, layers, K, g, dtype)
+    return choose_decode_tile(M, layers, K, g, dtype) or choose_wgmma_tile(M, layers, K, g, dtype)
 
 
 def layer_shapes(

@@ -1,55 +1,105 @@
 // y = x · Wᵀ + bias for a few tokens on Hopper, from the packed trits as they lie in memory (ternarize/packing.py).
 //
-// For a few tokens, reading the weight is all the time, so all is arranged for many loads in flight and few
-// instructions a trit. Letters as in ternarize/packing.py; bfloat16, one trit plane, groups of 128.
+// For a few tokens, reading the weight is all the time, so all is arranged for many bytes in flight, whole cache lines,
+// and few instructions a trit. Letters as in ternarize/packing.py.
 //
-// Fragments. A row's group is 32 bytes, and byte c holds the weights k = c, c + 32, c + 64, c + 96. In
-// mma.m16n8k16, where W is the operand A, the four lanes of a quad share a row, and each has four of the 16 columns.
-// The sum over k may run in any order, as long as x is read in the same one, so the order is chosen for the bytes to
-// need no shuffle: lane q of a quad loads bytes 8q .. 8q + 7 of its row, as the words (w0, w1), and the column pairs
-// that it has in one mma are
+// A chunk is 32 packed bytes of a row, four planes of 32 weights each; a step is 4 chunks, one line of 128 bytes. Every
+// warp copies its lines into a ring in shared memory, STAGES steps ahead, and no other warp waits for them.
+//
+// Fragments. In mma.m16n8k16, where W is the operand A, the four lanes of a quad share a row, and each has four of the
+// 16 columns. The sum over k may run in any order, as long as x is read in the same one, so the order is chosen for the
+// bytes to need no shuffle. Of groups of 128 and more, lane q of a quad has bytes 8q .. 8q + 7 of a chunk, as the words
+// (w0, w1), and the column pairs that it has in one mma are
 //     bytes 8q + b and 8q + b + 2 (of w0),  bytes 8q + b + 4 and 8q + b + 6 (of w1),  b = 0 or 1,
-// all of one plane j of the byte: k = 32j + byte. Their codes are 16 bits apart in a word, and the code is a number
-// once it lies in the top two bits of a bfloat16: 00 is 0, 01 is 0x4000 = 2.0, 11 is 0xC000 = -2.0. So
+// all of one plane j of the byte. Their codes are 16 bits apart in a word, and the code is a number once it lies in the
+// top two bits of a 16-bit float: 00 is 0, 01 is 0x4000 = 2.0, 11 is 0xC000 = -2.0. So
 //     (w << shift) & 0xC000C000
-// is a register of A: one shift and one AND for two trits. The factor 2 is taken back by the scale, 2^(E - 1).
+// is a register of A: one shift and one AND for two trits. The factor 2 is taken back by the scale, 2^(E - 1). A chunk
+// of two groups of 64 is two words of a lane, one of each group, and b tells the groups apart.
+//
+// Digits. For one to four tokens most columns of B would be empty. There x is split, exactly where no element of its
+// chunk is 2^19 times another, into DIGITS digits of base 128, one column each, and mma.m16n8k32 of int8 takes four
+// trits a register: 64 T, the code in the top two bits of a byte.
 //
 // Work. A thread block cluster owns consecutive row blocks. K is split over its blocks, and within a block over its
 // K_WARPS, each of which keeps its accumulators until its part of K is summed and leaves them in the shared memory of
 // the block that will add the parts, in an order that does not depend on time: results are the same bits every run.
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <stdint.h>
+
+#include <type_traits>
 
 namespace ternarize {
 
 // Primitives.
 
-// Weights are read once: past L1, and with their neighbours into L2.
-__device__ __forceinline__ uint2 load_once(const uint8_t* address) {
-  uint2 value;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.u32 {%0, %1}, [%2];"
-               : "=r"(value.x), "=r"(value.y)
-               : "l"(address));
-  return value;
+// 16 bytes, of which the first ``bytes`` are read and the rest are zeros: past L1, and with their neighbours into L2.
+__device__ __forceinline__ void copy_16_async(void* to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void copy_4_async(void* to, const void* from, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until all but the last COMMITS groups of this lane's copies have arrived.
+template <int COMMITS>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(COMMITS) : "memory");
 }
 
 // Activations are read by every block, and not before wait_for_previous_kernel: volatile, and not as constants, which a
 // compiler may read earlier.
-__device__ __forceinline__ uint4 load_activations(const __nv_bfloat16* address) {
-  uint4 value;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(address)
-               : "memory");
+__device__ __forceinline__ uint2 load_activations(const void* address) {
+  uint2 value;
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(address) : "memory");
   return value;
 }
 
-// d += A · B, with A [16, 16], B [16, 8] in bfloat16 and d [16, 8] in float32.
+// d += A · B, with A [16, 16] and B [16, 8] in bfloat16 or float16 and d [16, 8] in float32.
+template <typename Float>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  if constexpr (std::is_same_v<Float, __half>)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// d += A · B, with A [16, 32] and B [32, 8] in int8 and d [16, 8] in int32.
+__device__ __forceinline__ void mma(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// 3 a + b of two 16-bit floats.
+template <typename Float>
+__device__ __forceinline__ uint32_t three_times_plus(uint32_t a, uint32_t b) {
+  if constexpr (std::is_same_v<Float, __half>)
+    asm("fma.rn.f16x2 %0, %0, %1, %2;" : "+r"(a) : "r"(0x42004200u), "r"(b));
+  else
+    asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(a) : "r"(0x40404040u), "r"(b));
+  return a;
+}
+
+template <typename Float>
+__device__ __forceinline__ Float rounded(float value) {
+  if constexpr (std::is_same_v<Float, __half>)
+    return __float2half(value);
+  else
+    return __float2bfloat16(value);
 }
 
 // Stores to the same variable of another block of the cluster.
@@ -74,162 +124,375 @@ __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("gridd
 
 // The kernel.
 
-constexpr int GROUP = 128;
-constexpr int GROUP_BYTES = GROUP / 4;
-
-// 2^(E - 1) for byte ``index`` of a word of exponents. At E = -126 it is 2^-127, which is subnormal.
-__device__ __forceinline__ float half_scale(uint32_t exponents, int index) {
-  const int E = static_cast<int8_t>(exponents >> (8 * index));
-  return __int_as_float(max((E + 126) << 23, 0x00400000));
-}
+constexpr int CHUNK = 128;     // weights
+constexpr int CHUNKS = 4;      // of a step
+constexpr int LINE_BYTES = 128;  // of a row and a step
 
 // 2^exponent for exponents from -126 to 127.
 __device__ __forceinline__ float exp2_int(int exponent) { return __int_as_float((exponent + 127) << 23); }
+// 2^(E - 1). At E = -126 it is 2^-127, which is subnormal.
+__device__ __forceinline__ float half_scale(int E) { return __int_as_float(max((E + 126) << 23, 0x00400000)); }
 
-// Arguments: x bfloat16 [M, K], T_packed uint8 [N, K / 4], E int8 [N, K / 128], y bfloat16 [M, N], bias int32 [N],
-// bias_exponent int8 [1]; x, T_packed and E 16-byte aligned, M from 1 to TOKENS, N at least ROWS. ``shared``:
-// DecodeTile.shared_bytes (linear_decode.py).
+// The tensors of a layer, as the host passes them; null for those that it does not have.
+struct Layer {
+  int N;
+  const uint8_t* T_packed;  // [PLANES, N, K / 4]
+  const int8_t* E;          // [N, G]
+  const void* E_mantissa;   // [N, G] of MANTISSA_BYTES each
+  const int* bias;          // [N]
+  const int8_t* bias_exponent;
+  int* status;  // [2], of a guarded call
+  void* y;      // [M, N] of Float
+};
+__device__ __forceinline__ Layer layer(int N, const void* T_packed, const void* E, const void* E_mantissa,
+                                       const void* bias, const void* bias_exponent, void* status, void* y) {
+  return {N,
+          static_cast<const uint8_t*>(T_packed),
+          static_cast<const int8_t*>(E),
+          E_mantissa,
+          static_cast<const int*>(bias),
+          static_cast<const int8_t*>(bias_exponent),
+          static_cast<int*>(status),
+          y};
+}
+
+// The exponents or mantissas of a row that a step needs, in a ring: the aligned words that hold them.
+template <int BYTES, int K, int GROUP>
+struct GroupValues {
+  static constexpr int G = (K + GROUP - 1) / GROUP;
+  static constexpr int PER_CHUNK = GROUP < CHUNK ? CHUNK / GROUP : 1;
+  static constexpr bool ALIGNED = GROUP <= CHUNK && G * BYTES % 4 == 0;
+  static constexpr int WORDS = ALIGNED ? PER_CHUNK * BYTES : (CHUNKS * PER_CHUNK * BYTES + (4 - BYTES) + 3) / 4;
+
+  // Of a chunk.
+  static __device__ __forceinline__ int first_group(int chunk) {
+    return GROUP < CHUNK ? chunk * PER_CHUNK : chunk / ((GROUP + CHUNK - 1) / CHUNK);
+  }
+  // Where in its tensor the first value of a row and step lies, in bytes.
+  static __device__ __forceinline__ int offset(int row, int step) {
+    return (row * G + first_group(step * CHUNKS)) * BYTES;
+  }
+  static __device__ __forceinline__ void copy_async(uint8_t* to, int row_in_block, int row, int step, int lane_word,
+                                                    const void* values, int N) {
+    const int from = (offset(row, step) & ~3) + 4 * lane_word;
+    copy_4_async(to + (row_in_block * WORDS + lane_word) * 4, static_cast<const uint8_t*>(values) + from,
+                 min(max(N * G * BYTES - from, 0), 4));
+  }
+  static __device__ __forceinline__ int read(const uint8_t* ring, int row_in_block, int row, int step, int group) {
+    // Past the last group of a row there are zeros in the ring, or the next row: x is zero there.
+    const int index = first_group(step * CHUNKS + group / PER_CHUNK) - first_group(step * CHUNKS) + group % PER_CHUNK;
+    const uint8_t* const value = ring + row_in_block * WORDS * 4 + (offset(row, step) & 3) + index * BYTES;
+    if constexpr (BYTES == 1) return *value;
+    if constexpr (BYTES == 2) return *reinterpret_cast<const int16_t*>(value);
+    if constexpr (BYTES == 4) return *reinterpret_cast<const int*>(value);
+    return 0;
+  }
+};
+
+// Arguments: x [M, K] of Float, and the layers; x, T_packed, E and E_mantissa 16-byte aligned, M from 1 to TOKENS, K a
+// multiple of 64. ``shared``: DecodeTile.shared_bytes (linear_decode.py).
 //
-// TOKENS: 8 or 16. TILES: mma tiles of 16 rows in a row block. STEP: groups of K a warp loads at once, a divisor of
-// K / 128 and 1, 2 or 4. WARPS, K_WARPS, CLUSTER: above. CLUSTERS: how many clusters there are.
-template <int TOKENS, int TILES, int STEP, int WARPS, int K_WARPS, int CLUSTER, int CLUSTERS, int N, int K>
-__device__ __forceinline__ void linear_decode(const void* x, const void* T_packed, const void* E, void* y, void* shared,
-                                              int M, const void* bias = nullptr, const void* bias_exponent = nullptr) {
+// Float: __nv_bfloat16 or __half. TOKENS: 1, 2, 4, 8 or 16. DIGITS: 0, or 2 or 4 for groups of 128 and more of one
+// trit plane in bfloat16. TILES: mma tiles of 16 rows in a row block. STAGES, WARPS, K_WARPS, CLUSTER: above. CLUSTERS:
+// how many clusters there are. GROUP: 64, a multiple of 128, or K. MANTISSA_BYTES: of an E_mantissa, or 0.
+template <typename Float, int TOKENS, int DIGITS, int TILES, int STAGES, int WARPS, int K_WARPS, int CLUSTER,
+          int CLUSTERS, int K, int GROUP, int PLANES, int MANTISSA_BYTES, bool GUARDED, typename... Layers>
+__device__ __forceinline__ void linear_decode(const void* x, void* shared, int M, Layers... layers) {
   constexpr int ROWS = 16 * TILES;
-  constexpr int TOKEN_TILES = TOKENS / 8;
-  constexpr int GROUPS = K / GROUP;
-  constexpr int STEPS = GROUPS / STEP;
+  constexpr int COLUMNS = TOKENS * (DIGITS ? DIGITS : 1);
+  constexpr int COLUMN_TILES = (COLUMNS + 7) / 8;
+  constexpr int ROW_BYTES = K / 4;
+  constexpr int STEPS = (ROW_BYTES + LINE_BYTES - 1) / LINE_BYTES;
   constexpr int ROW_WARPS = WARPS / K_WARPS;
   constexpr int PARTS = CLUSTER * K_WARPS;
-  constexpr int ROW_BLOCKS = (N + ROWS - 1) / ROWS;
-  constexpr int VALUES = TILES * TOKEN_TILES * 4;  // accumulators a lane
-  static_assert(GROUPS % STEP == 0 && STEPS >= PARTS && N >= ROWS);
+  constexpr int VALUES = TILES * COLUMN_TILES * 4;  // accumulators a lane
+  using Exponents = GroupValues<1, K, GROUP>;
+  using Mantissas = GroupValues<MANTISSA_BYTES ? MANTISSA_BYTES : 4, K, GROUP>;
+  constexpr int SCALES = Exponents::PER_CHUNK;
+  constexpr int E_AT = PLANES * ROWS * LINE_BYTES;
+  constexpr int MANTISSA_AT = E_AT + ROWS * Exponents::WORDS * 4;
+  constexpr int STAGE_BYTES = MANTISSA_AT + (MANTISSA_BYTES ? ROWS * Mantissas::WORDS * 4 : 0);
+  using Accumulator = std::conditional_t<DIGITS != 0, int, float>;
+  static_assert(STEPS >= PARTS && K % 64 == 0 && (DIGITS == 0 || (SCALES == 1 && PLANES == 1)));
+
+  const Layer all[] = {layers...};
+  int row_blocks = 0;
+  // Layers with fewer rows than a row block read their last row several times.
+  bool is_short = false;
+#pragma unroll
+  for (const Layer& each : all) {
+    row_blocks += (each.N + ROWS - 1) / ROWS;
+    is_short |= each.N < ROWS;
+  }
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int row_in_tile = lane / 4, quad_lane = lane % 4;
   const int rank = blockIdx.x % CLUSTER, cluster = blockIdx.x / CLUSTER;
   const int row_warp = warp / K_WARPS, part = rank * K_WARPS + warp % K_WARPS;
 
-  const int first_block = cluster * ROW_BLOCKS / CLUSTERS;
-  const int blocks = (cluster + 1) * ROW_BLOCKS / CLUSTERS - first_block;
+  const int first_block = cluster * row_blocks / CLUSTERS;
+  const int blocks = (cluster + 1) * row_blocks / CLUSTERS - first_block;
   const int first_step = part * STEPS / PARTS;
   const int steps = (part + 1) * STEPS / PARTS - first_step;
-  // The groups of K that this block's warps share out.
-  const int first_group = rank * K_WARPS * STEPS / PARTS * STEP;
-  const int groups = (rank + 1) * K_WARPS * STEPS / PARTS * STEP - first_group;
+  // The steps of K that this block's warps share out.
+  const int block_step = rank * K_WARPS * STEPS / PARTS;
+  const int block_steps = (rank + 1) * K_WARPS * STEPS / PARTS - block_step;
 
   let_next_kernel_start();
   if (CLUSTER > 1) cluster_started();
 
-  // What a warp loads at once: [tile][row, row + 8][group].
-  struct Weights {
-    uint2 words[TILES][2][STEP];
-    uint32_t exponents[TILES][2];
-  };
-
-  // The next load: a row block of this warp, counted within the cluster, and a step of its part of K.
-  int load_block = row_warp, load_step = 0;
-  auto load = [&](Weights& weights) {
-    // The last row block ends with the last row: it may compute rows of the one before it a second time.
-    const int n0 = min((first_block + load_block) * ROWS, N - ROWS) + row_in_tile;
-    const int group = (first_step + load_step) * STEP;
-    const int64_t first = static_cast<int64_t>(n0) * GROUPS + group;
-    const uint8_t* packed = static_cast<const uint8_t*>(T_packed) + first * GROUP_BYTES + quad_lane * 8;
-    const int8_t* exponents = static_cast<const int8_t*>(E) + first;
+  // The layer of a row block of this cluster, and its first row. The last row block of a layer ends with its last row:
+  // it may compute rows of the one before it a second time.
+  auto locate = [&](int block, Layer& layer) {
+    int n0 = 0, first = 0;
 #pragma unroll
-    for (int tile = 0; tile < TILES; ++tile)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = tile * 16 + half * 8;
-#pragma unroll
-        for (int g = 0; g < STEP; ++g)
-          weights.words[tile][half][g] = load_once(packed + (row * GROUPS + g) * GROUP_BYTES);
-        const int8_t* e = exponents + row * GROUPS;
-        if (STEP == 4) weights.exponents[tile][half] = __ldg(reinterpret_cast<const uint32_t*>(e));
-        if (STEP == 2) weights.exponents[tile][half] = __ldg(reinterpret_cast<const uint16_t*>(e));
-        if (STEP == 1) weights.exponents[tile][half] = __ldg(reinterpret_cast<const uint8_t*>(e));
+    for (const Layer& each : all) {
+      if (first_block + block >= first) {
+        layer = each;
+        n0 = (first_block + block - first) * ROWS;
       }
-    if (++load_step == steps) {
-      load_step = 0;
-      load_block += ROW_WARPS;
+      first += (each.N + ROWS - 1) / ROWS;
     }
+    return max(min(n0, layer.N - ROWS), 0);
+  };
+  auto row_of = [&](const Layer& layer, int n0, int row) { return n0 + (is_short ? min(row, layer.N - 1) : row); };
+
+  // The ring of this warp, and what it copies next: a row block, counted within the cluster, and a step of its part.
+  uint8_t* const ring = static_cast<uint8_t*>(shared) + warp * STAGES * STAGE_BYTES;
+  int load_block = row_warp, load_step = 0, load_n0 = 0;
+  Layer load_layer;
+  if (load_block < blocks) load_n0 = locate(load_block, load_layer);
+  // A lane copies 16 bytes of every fourth row. The halves of a row's 8 pieces lie where the mma reads them without
+  // bank conflicts: chunk c of row r at c ^ (r % 4).
+  const int piece = lane % 8, copy_row = lane / 8;
+  const int copy_at = copy_row * LINE_BYTES + (piece / 2 ^ copy_row) * 32 + piece % 2 * 16;
+  auto copy = [&](int stage) {
+    if (load_block < blocks) {
+      uint8_t* const to = ring + stage * STAGE_BYTES;
+      const int step = first_step + load_step;
+      const int byte = step * LINE_BYTES + piece * 16;
+      const int bytes = ROW_BYTES % LINE_BYTES == 0 || byte < ROW_BYTES ? 16 : 0;
+#pragma unroll
+      for (int plane = 0; plane < PLANES; ++plane)
+#pragma unroll
+        for (int row = 0; row < ROWS; row += 4) {
+          const int64_t n = static_cast<int64_t>(plane) * load_layer.N + row_of(load_layer, load_n0, row + copy_row);
+          copy_16_async(to + (plane * ROWS + row) * LINE_BYTES + copy_at, load_layer.T_packed + n * ROW_BYTES + byte,
+                        bytes);
+        }
+#pragma unroll
+      for (int i = lane; i < ROWS * Exponents::WORDS; i += 32)
+        Exponents::copy_async(to + E_AT, i % ROWS, row_of(load_layer, load_n0, i % ROWS), step, i / ROWS, load_layer.E,
+                              load_layer.N);
+      if constexpr (MANTISSA_BYTES != 0)
+#pragma unroll
+        for (int i = lane; i < ROWS * Mantissas::WORDS; i += 32)
+          Mantissas::copy_async(to + MANTISSA_AT, i % ROWS, row_of(load_layer, load_n0, i % ROWS), step, i / ROWS,
+                                load_layer.E_mantissa, load_layer.N);
+      if (++load_step == steps) {
+        load_step = 0;
+        load_block += ROW_WARPS;
+        if (load_block < blocks) load_n0 = locate(load_block, load_layer);
+      }
+    }
+    commit_copies();
   };
 
-  // Weights are constants, so their first loads need not wait for the kernel that writes x.
-  Weights weights;
-  if (load_block < blocks) load(weights);
+  // Weights are constants, so their first copies need not wait for the kernel that writes x.
+#pragma unroll
+  for (int stage = 0; stage < STAGES; ++stage) copy(stage);
   wait_for_previous_kernel();
 
-  // This block's part of x, in the order of the fragments: 16 bytes for each [group][plane][TOKENS][lane of a quad],
-  // the eight k of that lane, even ones (b = 0) first.
-  uint4* const s_x = static_cast<uint4*>(shared);
-  for (int i = threadIdx.x; i < groups * 16 * M; i += WARPS * 32) {
-    const int q = i % 4, m = i / 4 % M, plane = i / 4 / M;
-    const uint4 v = load_activations(static_cast<const __nv_bfloat16*>(x) + static_cast<int64_t>(m) * K +
-                                     first_group * GROUP + plane * 32 + q * 8);
-    s_x[(plane * TOKENS + m) * 4 + q] = make_uint4(__byte_perm(v.x, v.y, 0x5410), __byte_perm(v.z, v.w, 0x5410),
-                                                   __byte_perm(v.x, v.y, 0x7632), __byte_perm(v.z, v.w, 0x7632));
+  // This block's part of x in the order of the fragments. Of floats: [chunk][plane][token][lane of a quad], 16 bytes,
+  // for each b the column pairs. Of digits: [chunk][two planes][column][lane of a quad][plane], 8 bytes.
+  uint8_t* const s_x = static_cast<uint8_t*>(shared) + WARPS * STAGES * STAGE_BYTES;
+  constexpr int X_CHUNK_BYTES = CHUNK * COLUMNS * (DIGITS ? 1 : 2);
+  constexpr int MOST_CHUNKS = (STEPS + CLUSTER - 1) / CLUSTER * CHUNKS;
+  float* const s_x_scale = reinterpret_cast<float*>(s_x + MOST_CHUNKS * X_CHUNK_BYTES);  // [chunk][token], of digits
+  float* const s_parts = s_x_scale + (DIGITS ? MOST_CHUNKS * TOKENS : 0);
+  // Bits of x of plane j and consecutive bytes of a chunk, zeros past the end.
+  auto x_bits = [&](int m, int chunk, int plane, int byte) {
+    constexpr int GROUP_CHUNKS = (GROUP + CHUNK - 1) / CHUNK;
+    const int group = GROUP < CHUNK ? chunk * SCALES + byte / 16 : chunk / GROUP_CHUNKS;
+    const int size = min(GROUP, K - group * GROUP);
+    const int place = GROUP < CHUNK ? byte % 16 : chunk % GROUP_CHUNKS * 32 + byte;
+    if (m >= M || place >= size / 4) return uint2{0, 0};
+    return load_activations(static_cast<const Float*>(x) + static_cast<int64_t>(m) * K + group * GROUP +
+                            plane * (size / 4) + place);
+  };
+  if constexpr (DIGITS == 0) {
+    for (int i = threadIdx.x; i < block_steps * CHUNKS * 16 * TOKENS; i += WARPS * 32) {
+      const int q = i % 4, m = i / 4 % TOKENS, plane = i / 4 / TOKENS % 4, chunk = i / 16 / TOKENS;
+      const int at = block_step * CHUNKS + chunk;
+      const uint2 v = x_bits(m, at, plane, SCALES == 1 ? 8 * q : 4 * q);
+      const uint2 w = x_bits(m, at, plane, SCALES == 1 ? 8 * q + 4 : 16 + 4 * q);
+      const uint32_t even_v = __byte_perm(v.x, v.y, 0x5410), odd_v = __byte_perm(v.x, v.y, 0x7632);
+      const uint32_t even_w = __byte_perm(w.x, w.y, 0x5410), odd_w = __byte_perm(w.x, w.y, 0x7632);
+      reinterpret_cast<uint4*>(s_x)[i] =
+          SCALES == 1 ? uint4{even_v, even_w, odd_v, odd_w} : uint4{even_v, odd_v, even_w, odd_w};
+    }
+  } else {
+    for (int i = warp; i < block_steps * CHUNKS * TOKENS; i += WARPS) {
+      const int m = i % TOKENS, chunk = i / TOKENS;
+      const int plane = lane / 8, byte = lane % 8 * 4;
+      const uint2 v = x_bits(m, block_step * CHUNKS + chunk, plane, byte);
+      const uint32_t bits[4] = {v.x & 0xFFFF, v.x >> 16, v.y & 0xFFFF, v.y >> 16};
+      uint32_t largest = 1;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) largest = max(largest, bits[k] >> 7 & 0xFF);
+      largest = __reduce_max_sync(0xFFFFFFFF, largest);
+      uint32_t words[DIGITS] = {};
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const uint32_t exponent = bits[k] >> 7 & 0xFF;
+        const int significand = (bits[k] & 0x7F) + (exponent != 0 ? 0x80 : 0);
+        // Fixed point, the largest exponent's leading bit at 7 DIGITS - 2.
+        const int shift = 7 * DIGITS - 9 - static_cast<int>(largest - max(exponent, 1u));
+        int value = shift >= 0 ? significand << shift : (significand + (1 << min(-shift, 12) >> 1)) >> min(-shift, 12);
+        if (bits[k] & 0x8000) value = -value;
+#pragma unroll
+        for (int digit = DIGITS - 1; digit >= 0; --digit) {
+          const int rest = digit == 0 ? 0 : (value + 64) >> 7;
+          words[digit] |= static_cast<uint32_t>((value - rest * 128) & 0xFF) << (8 * k);
+          value = rest;
+        }
+      }
+#pragma unroll
+      for (int digit = 0; digit < DIGITS; ++digit)
+        reinterpret_cast<uint32_t*>(s_x)[(((chunk * 2 + plane / 2) * COLUMNS + m * DIGITS + digit) * 4 + byte / 8) * 4 +
+                                         plane % 2 * 2 + byte / 4 % 2] = words[digit];
+      // The weight of the first digit, less the 64 of the operand; what is not finite makes the sum NaN.
+      if (lane == 0)
+        s_x_scale[i] = largest == 255 ? __int_as_float(0x7FC00000)
+                       : largest > 11 ? exp2_int(static_cast<int>(largest) - 138)
+                                      : __int_as_float(1 << (largest + 11));
+    }
   }
   if (CLUSTER > 1) cluster_wait();
   __syncthreads();
 
-  // Columns of B past the last token repeat it; they are never stored.
-  int token[TOKEN_TILES];
+  // Where in a row's line this lane's bytes of each chunk lie.
+  int line_at[CHUNKS];
 #pragma unroll
-  for (int t = 0; t < TOKEN_TILES; ++t) token[t] = min(t * 8 + row_in_tile, M - 1);
+  for (int c = 0; c < CHUNKS; ++c)
+    line_at[c] = row_in_tile * LINE_BYTES + (c ^ row_in_tile % 4) * 32 + quad_lane * (SCALES == 1 ? 8 : 4);
 
-  // The parts of the row blocks whose sums this block forms: [row block][part][value][lane].
-  constexpr int MOST_GROUPS = (STEPS + CLUSTER - 1) / CLUSTER * STEP;
-  float* const s_parts = reinterpret_cast<float*>(s_x + MOST_GROUPS * 16 * TOKENS);
-
-  const int part_group = first_step * STEP - first_group;
+  int stage = 0;
+  const int part_chunk = (first_step - block_step) * CHUNKS;
   for (int block = row_warp; block < blocks; block += ROW_WARPS) {
-    float sum[TILES][TOKEN_TILES][4] = {};
+    Layer here;
+    const int n0 = locate(block, here);
+    float sum[TILES][COLUMN_TILES][4] = {};
     for (int step = 0; step < steps; ++step) {
-      Weights next;
-      if (load_block < blocks) load(next);
+      wait_for_copies<STAGES - 1>();
+      __syncwarp();
+      const uint8_t* const from = ring + stage * STAGE_BYTES;
+      uint2 words[PLANES][TILES][2][CHUNKS];
 #pragma unroll
-      for (int g = 0; g < STEP; ++g) {
-        const uint4* const x_group = s_x + (part_group + step * STEP + g) * 16 * TOKENS + quad_lane;
-        float group_sum[TILES][TOKEN_TILES][4] = {};
-#pragma unroll
-        for (int plane = 0; plane < 4; ++plane) {
-          uint4 x_fragment[TOKEN_TILES];
-#pragma unroll
-          for (int t = 0; t < TOKEN_TILES; ++t) x_fragment[t] = x_group[(plane * TOKENS + token[t]) * 4];
-#pragma unroll
-          for (int b = 0; b < 2; ++b)
-#pragma unroll
-            for (int tile = 0; tile < TILES; ++tile) {
-              const int shift = 14 - 8 * b - 2 * plane;
-              const uint2 w = weights.words[tile][0][g], w8 = weights.words[tile][1][g];
-              const uint32_t a[4] = {(w.x << shift) & 0xC000C000u, (w8.x << shift) & 0xC000C000u,
-                                     (w.y << shift) & 0xC000C000u, (w8.y << shift) & 0xC000C000u};
-#pragma unroll
-              for (int t = 0; t < TOKEN_TILES; ++t) {
-                const uint4 v = x_fragment[t];
-                mma(group_sum[tile][t], a, b ? v.z : v.x, b ? v.w : v.y);
-              }
-            }
-        }
+      for (int plane = 0; plane < PLANES; ++plane)
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const float scale = half_scale(weights.exponents[tile][half], g);
+          for (int half = 0; half < 2; ++half)
 #pragma unroll
-            for (int t = 0; t < TOKEN_TILES; ++t) {
-              sum[tile][t][half * 2] += scale * group_sum[tile][t][half * 2];
-              sum[tile][t][half * 2 + 1] += scale * group_sum[tile][t][half * 2 + 1];
+            for (int c = 0; c < CHUNKS; ++c) {
+              const uint8_t* const at =
+                  from + (plane * ROWS + tile * 16 + half * 8) * LINE_BYTES + line_at[c];
+              words[plane][tile][half][c] =
+                  SCALES == 1
+                      ? *reinterpret_cast<const uint2*>(at)
+                      : uint2{*reinterpret_cast<const uint32_t*>(at), *reinterpret_cast<const uint32_t*>(at + 16)};
+            }
+      // Lane q of a quad has the scales of chunk q.
+      float scales[TILES][2][SCALES];
+#pragma unroll
+      for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+          for (int s = 0; s < SCALES; ++s) {
+            const int row = tile * 16 + half * 8 + row_in_tile, n = row_of(here, n0, row);
+            const int group = quad_lane * SCALES + s;
+            const int E = static_cast<int8_t>(Exponents::read(from + E_AT, row, n, first_step + step, group));
+            scales[tile][half][s] = DIGITS ? exp2_int(E) : half_scale(E);
+            if constexpr (MANTISSA_BYTES != 0) {
+              const int mantissa = Mantissas::read(from + MANTISSA_AT, row, n, first_step + step, group);
+              scales[tile][half][s] *= static_cast<float>(mantissa);
             }
           }
+      __syncwarp();
+      copy(stage);
+      stage = stage + 1 == STAGES ? 0 : stage + 1;
+
+#pragma unroll
+      for (int c = 0; c < CHUNKS; ++c) {
+        const int chunk = part_chunk + step * CHUNKS + c;
+        const uint8_t* const x_chunk = s_x + chunk * X_CHUNK_BYTES + quad_lane * 16;
+        Accumulator group_sum[SCALES][TILES][COLUMN_TILES][4] = {};
+#pragma unroll
+        for (int plane = 0; plane < 4; ++plane) {
+          uint4 x_fragment[COLUMN_TILES];
+#pragma unroll
+          for (int t = 0; t < COLUMN_TILES; ++t) {
+            // Columns of B past the last repeat it; nobody reads their sums.
+            const int column = min(t * 8 + row_in_tile, COLUMNS - 1);
+            x_fragment[t] =
+                *reinterpret_cast<const uint4*>(x_chunk + ((DIGITS ? plane / 2 : plane) * COLUMNS + column) * 64);
+          }
+#pragma unroll
+          for (int b = 0; b < (DIGITS ? 1 : 2); ++b)
+#pragma unroll
+            for (int tile = 0; tile < TILES; ++tile) {
+              uint32_t a[4];
+#pragma unroll
+              for (int r = 0; r < 4; ++r) {
+                // Registers 0 and 1 are of the first column pair, rows r and r + 8; 2 and 3 of the second.
+                const bool second_word = SCALES == 1 ? r / 2 : b;
+                const int shift = DIGITS ? 6 - 2 * plane : 14 - 8 * (SCALES == 1 ? b : r / 2) - 2 * plane;
+#pragma unroll
+                for (int p = 0; p < PLANES; ++p) {
+                  const uint2 w = words[p][tile][r % 2][c];
+                  const uint32_t trits = ((second_word ? w.y : w.x) << shift) & (DIGITS ? 0xC0C0C0C0u : 0xC000C000u);
+                  a[r] = p == 0 ? trits : three_times_plus<Float>(a[r], trits);
+                }
+              }
+#pragma unroll
+              for (int t = 0; t < COLUMN_TILES; ++t) {
+                const uint4 v = x_fragment[t];
+                const bool upper = DIGITS ? plane % 2 : b;
+                if constexpr (DIGITS != 0)
+                  mma(group_sum[0][tile][t], a, upper ? v.z : v.x, upper ? v.w : v.y);
+                else
+                  mma<Float>(group_sum[SCALES == 1 ? 0 : b][tile][t], a, upper ? v.z : v.x, upper ? v.w : v.y);
+              }
+            }
+        }
+        float x_scale[COLUMN_TILES];
+#pragma unroll
+        for (int t = 0; t < COLUMN_TILES; ++t)
+          x_scale[t] = DIGITS ? s_x_scale[chunk * TOKENS + min((t * 8 + quad_lane * 2) / (DIGITS ? DIGITS : 1), TOKENS - 1)]
+                              : 1.0f;
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int s = 0; s < SCALES; ++s) {
+              const float scale = __shfl_sync(0xFFFFFFFF, scales[tile][half][s], c, 4);
+#pragma unroll
+              for (int t = 0; t < COLUMN_TILES; ++t)
+#pragma unroll
+                for (int i = half * 2; i < half * 2 + 2; ++i) {
+                  const float value = static_cast<float>(group_sum[s][tile][t][i]);
+                  sum[tile][t][i] += scale * (DIGITS ? value * x_scale[t] : value);
+                }
+            }
       }
-      weights = next;
     }
     float* const parts = s_parts + ((block / CLUSTER * PARTS + part) * VALUES) * 32 + lane;
 #pragma unroll
     for (int value = 0; value < VALUES; ++value) {
-      const float v = sum[value / (TOKEN_TILES * 4)][value / 4 % TOKEN_TILES][value % 4];
+      const float v = sum[value / (COLUMN_TILES * 4)][value / 4 % COLUMN_TILES][value % 4];
       if (CLUSTER > 1)
         store_to_rank(parts + value * 32, block % CLUSTER, v);
       else
@@ -247,18 +510,28 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* T_packe
   const int my_blocks = (blocks - rank + CLUSTER - 1) / CLUSTER;
   for (int i = threadIdx.x; i < my_blocks * ROWS * M; i += WARPS * 32) {
     const int row = i % ROWS, m = i / ROWS % M, block = i / ROWS / M;
-    const int n = min((first_block + block * CLUSTER + rank) * ROWS, N - ROWS) + row;
-    const int value = (row / 16 * TOKEN_TILES + m / 8) * 4 + row / 8 % 2 * 2 + m % 2;
-    const float* const parts = s_parts + (block * PARTS * VALUES + value) * 32 + row % 8 * 4 + m % 8 / 2;
+    Layer here;
+    const int n = locate(block * CLUSTER + rank, here) + row;
+    if (is_short && n >= here.N) continue;
     float sum = 0;
 #pragma unroll
-    for (int p = 0; p < PARTS; ++p) sum += parts[p * VALUES * 32];
-    if (bias != nullptr) {
-      // bias_exponent reaches -128, where 2^bias_exponent is subnormal: two normal factors instead.
-      const int exponent = *static_cast<const int8_t*>(bias_exponent), half = exponent >> 1;
-      sum += static_cast<float>(static_cast<const int*>(bias)[n]) * exp2_int(half) * exp2_int(exponent - half);
+    for (int digit = 0; digit < (DIGITS ? DIGITS : 1); ++digit) {
+      const int column = m * (DIGITS ? DIGITS : 1) + digit;
+      const int value = (row / 16 * COLUMN_TILES + column / 8) * 4 + row / 8 % 2 * 2 + column % 2;
+      const float* const parts = s_parts + (block * PARTS * VALUES + value) * 32 + row % 8 * 4 + column % 8 / 2;
+      float digit_sum = 0;
+#pragma unroll
+      for (int p = 0; p < PARTS; ++p) digit_sum += parts[p * VALUES * 32];
+      sum += digit_sum * exp2_int(-7 * digit);
     }
-    static_cast<__nv_bfloat16*>(y)[static_cast<int64_t>(m) * N + n] = __float2bfloat16(sum);
+    if (here.bias != nullptr) {
+      // bias_exponent reaches -128, where 2^bias_exponent is subnormal: two normal factors instead.
+      const int exponent = *here.bias_exponent, half = exponent >> 1;
+      sum += static_cast<float>(here.bias[n]) * exp2_int(half) * exp2_int(exponent - half);
+    }
+    const Float value = rounded<Float>(sum);
+    if (GUARDED && !isfinite(static_cast<float>(value))) report_nonfinite(here.status);
+    static_cast<Float*>(here.y)[static_cast<int64_t>(m) * here.N + n] = value;
   }
 }
 

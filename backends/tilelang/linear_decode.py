@@ -8,12 +8,18 @@ from typing import Any
 
 import tilelang.language as T
 
-from ternarize.backends.tilelang.hopper import HALF_SHARED_BYTES, MULTIPROCESSORS, SHARED_BYTES
+from ternarize.backends.tilelang.hopper import MULTIPROCESSORS, SHARED_BYTES
+from ternarize.backends.tilelang.layers import Dtype, LayerShape, call_arguments
 
-#: Weights that share an exponent, and the packed bytes of one group.
-GROUP = 128
+#: Weights of a row that a warp takes at once: a cache line.
+STEP = 512
 
-SOURCE = Path(__file__).with_name("linear_decode.cuh").read_text()
+#: Most tokens of a call.
+MOST_TOKENS = 16
+
+SOURCE = "".join(Path(__file__).with_name(name).read_text() for name in ("guard.cuh", "linear_decode.cuh"))
+
+_MANTISSA_BYTES = {None: 0, "uint8": 1, "int16": 2, "int32": 4}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,11 +27,13 @@ class DecodeTile:
     """How linear_decode.cuh shares out the work; its template arguments, in their order."""
 
     TOKENS: int
-    """Tokens a call has at most: 8 or 16."""
+    """Tokens a call has at most: 1, 2, 4, 8 or 16."""
+    DIGITS: int
+    """0, or the base-128 digits that x is split into."""
     TILES: int
     """mma tiles of 16 rows in a row block."""
-    STEP: int
-    """Groups that a warp loads at once: 1, 2 or 4, a divisor of the groups a row."""
+    STAGES: int
+    """Steps along K that a warp copies ahead."""
     WARPS: int
     """Warps a block."""
     K_WARPS: int
@@ -37,41 +45,71 @@ class DecodeTile:
     blocks_per_multiprocessor: int
     """Blocks that fit a multiprocessor at a time: what bounds the registers of a thread."""
 
-    def row_blocks(self, N: int) -> int:
-        """Row blocks of N rows; the last overlaps the one before it if N is no multiple of their size."""
-        return -(-N // (16 * self.TILES))
+    def row_blocks(self, layers: tuple[LayerShape, ...]) -> int:
+        """Row blocks; the last of a layer overlaps the one before it if N is no multiple of their size."""
+        return sum(-(-layer.N // (16 * self.TILES)) for layer in layers)
 
-    def shared_bytes(self, N: int, K: int) -> int:
-        """Shared memory of a block: its part of x, and the parts of the sums that it adds up."""
-        steps = K // GROUP // self.STEP
-        x_bytes = -(-steps // self.CLUSTER) * self.STEP * GROUP * self.TOKENS * 2
-        blocks = -(-self.row_blocks(N) // self.CLUSTERS)
-        sums = -(-blocks // self.CLUSTER) * self.CLUSTER * self.K_WARPS * 16 * self.TILES * self.TOKENS
-        return x_bytes + sums * 4
+    def shared_bytes(self, layers: tuple[LayerShape, ...], K: int, g: int) -> int:
+        """Shared memory of a block: the rings, its part of x, and the parts of the sums that it adds up."""
+        columns = self.TOKENS * max(self.DIGITS, 1)
+        rows = 16 * self.TILES
+        scale_bytes = _ring_bytes(1, K, g) + _ring_bytes(_MANTISSA_BYTES[layers[0].mantissa], K, g)
+        ring_bytes = self.WARPS * self.STAGES * rows * (layers[0].planes * STEP // 4 + scale_bytes)
+        chunks = -(-_steps(K) // self.CLUSTER) * STEP // 128
+        x_bytes = chunks * (128 * columns + 4 * self.TOKENS if self.DIGITS else 256 * columns)
+        blocks = -(-self.row_blocks(layers) // self.CLUSTERS)
+        parts = -(-blocks // self.CLUSTER) * self.CLUSTER * self.K_WARPS
+        return ring_bytes + x_bytes + parts * rows * -(-columns // 8) * 8 * 4
 
 
-def decode_program(N: int, K: int, *, has_bias: bool, tile: DecodeTile) -> Any:
-    """The program for bfloat16 layers of one shape, groups of 128, and up to tile.TOKENS tokens.
+def _steps(K: int) -> int:
+    return -(-K // STEP)
+
+
+def _ring_bytes(value_bytes: int, K: int, g: int) -> int:
+    """Bytes of a row and step that its exponents or mantissas take in a ring: GroupValues of linear_decode.cuh."""
+    if value_bytes == 0:
+        return 0
+    groups = -(-K // g)
+    per_chunk = max(1, 128 // g)
+    aligned = g <= 128 and groups * value_bytes % 4 == 0
+    return 4 * (per_chunk * value_bytes if aligned else (4 * per_chunk * value_bytes + 7 - value_bytes) // 4)
+
+
+def decode_program(
+    layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, *, guarded: bool, tile: DecodeTile
+) -> Any:
+    """The program for a call of up to tile.TOKENS tokens.
 
     Args:
-        N: out_features, at least 16 tile.TILES.
-        K: in_features, a multiple of 128 tile.STEP.
-        has_bias: whether the program takes bias and bias_exponent, after E.
+        layers: of the call, with as many planes and the same mantissa each.
+        K: in_features, a multiple of 64.
+        g: weights a scale group: 64, a multiple of 128, or K.
+        dtype: of x and y.
+        guarded: whether values that are not finite are reported in the status of their layer.
         tile: how the work is shared out.
 
     Returns:
-        A TileLang prim_func of the tensors of `ternarize.backends.tilelang.linear_wgmma.wgmma_program`.
+        A TileLang prim_func of the arguments of `ternarize.backends.tilelang.layers.call_arguments`.
     """
-    M = T.dynamic("M")
-    parameters = ", ".join(
-        str(value)
-        for value in (tile.TOKENS, tile.TILES, tile.STEP, tile.WARPS, tile.K_WARPS, tile.CLUSTER, tile.CLUSTERS, N, K)
+    parameters = (
+        *dataclasses.astuple(tile)[:-1],
+        K,
+        g,
+        layers[0].planes,
+        _MANTISSA_BYTES[layers[0].mantissa],
+        str(guarded).lower(),
     )
-    function = f"ternarize::linear_decode<{parameters}>"
-    shared_bytes = tile.shared_bytes(N, K)
+    float_type = "__nv_bfloat16" if dtype == "bfloat16" else "__half"
+    function = f"ternarize::linear_decode<{float_type}, {', '.join(map(str, parameters))}>"
+    shared_bytes = tile.shared_bytes(layers, K, g)
 
-    @T.macro
-    def block(x, T_packed, E, bias, bias_exponent, y):
+    def pointer(buffer: Any, access: str) -> Any:
+        return 0 if buffer is None else T.access_ptr(buffer[(0,) * len(buffer.shape)], access)
+
+    @T.prim_func
+    def ternary_linear_decode():
+        x, buffers = call_arguments(layers, K, g, dtype, guarded=guarded)
         with T.Kernel(tile.CLUSTER * tile.CLUSTERS, threads=32 * tile.WARPS, cluster_dims=tile.CLUSTER):
             T.import_source(SOURCE)
             T.annotate_min_blocks_per_sm(tile.blocks_per_multiprocessor)
@@ -80,77 +118,79 @@ def decode_program(N: int, K: int, *, has_bias: bool, tile: DecodeTile) -> Any:
                 "handle",
                 function,
                 T.access_ptr(x[0, 0], "r"),
-                T.access_ptr(T_packed[0, 0], "r"),
-                T.access_ptr(E[0, 0], "r"),
-                T.access_ptr(y[0, 0], "w"),
                 T.access_ptr(shared[0], "rw"),
-                M,
-                *((T.access_ptr(bias[0], "r"), T.access_ptr(bias_exponent[0], "r")) if has_bias else ()),
+                x.shape[0],
+                *(
+                    T.call_extern(
+                        "handle",
+                        "ternarize::layer",
+                        layer.N,
+                        pointer(tensors.T_packed, "r"),
+                        pointer(tensors.E, "r"),
+                        pointer(tensors.E_mantissa, "r"),
+                        pointer(tensors.bias, "r"),
+                        pointer(tensors.bias_exponent, "r"),
+                        pointer(tensors.status, "rw"),
+                        pointer(tensors.y, "w"),
+                    )
+                    for layer, tensors in zip(layers, buffers, strict=True)
+                ),
             )
             # The function has waited already: what TileLang launches as dependent is a kernel in which it sees a wait.
             T.pdl_sync()
 
-    if has_bias:
-
-        @T.prim_func
-        def ternary_linear_decode(
-            x: T.Tensor((M, K), T.bfloat16),
-            T_packed: T.Tensor((N, K // 4), T.uint8),
-            E: T.Tensor((N, K // GROUP), T.int8),
-            bias: T.Tensor((N,), T.int32),
-            bias_exponent: T.Tensor((1,), T.int8),
-            y: T.Tensor((M, N), T.bfloat16),
-        ):
-            block(x, T_packed, E, bias, bias_exponent, y)
-
-    else:
-
-        @T.prim_func
-        def ternary_linear_decode(
-            x: T.Tensor((M, K), T.bfloat16),
-            T_packed: T.Tensor((N, K // 4), T.uint8),
-            E: T.Tensor((N, K // GROUP), T.int8),
-            y: T.Tensor((M, N), T.bfloat16),
-        ):
-            block(x, T_packed, E, None, None, y)
-
     return ternary_linear_decode
 
 
-def choose_decode_tile(M: int, N: int, K: int) -> DecodeTile | None:
-    """The sizes of linear_decode.cuh for up to 16 tokens, or None where its part of x does not fit shared memory.
+def choose_decode_tile(M: int, layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype) -> DecodeTile | None:
+    """The sizes of linear_decode.cuh for up to 16 tokens, or None for a call that it does not serve.
 
-    A warp loads 2 KiB of weights at once, four groups of 16 rows where the groups allow. One block of sixteen warps
-    fills a multiprocessor. K is split over a cluster of two blocks, but for short rows and few tokens, and over as many
-    warps of a block as have no row block of their own. Where half of x is too much, eight blocks of half the size share
-    it, two to a multiprocessor.
+    It serves rows that are a multiple of 16 packed bytes, groups that are whole rows, 64 or a multiple of 128, and
+    layers that agree in planes and mantissa.
     """
-    groups = K // GROUP
-    step = next(step for step in (4, 2, 1) if groups % step == 0)
-    # Sixteen tokens take the registers of the third and fourth tile.
-    tiles = min(4 // step, 4 if M <= 8 else 2)
-    if 16 * tiles > N:
-        return None
-    row_blocks = -(-N // (16 * tiles))
-    for warps, blocks_per_multiprocessor, cluster, room in (
-        (16, 1, 1 if K <= 4096 and M <= 8 else 2, SHARED_BYTES),
-        (8, 2, 8, HALF_SHARED_BYTES),
+    first = layers[0]
+    if (
+        M > MOST_TOKENS
+        or K % 64 != 0
+        or (g != 64 and g % 128 != 0 and g != K)
+        or any((layer.planes, layer.mantissa) != (first.planes, first.mantissa) for layer in layers)
     ):
-        clusters = min(row_blocks, blocks_per_multiprocessor * MULTIPROCESSORS // cluster)
-        blocks = -(-row_blocks // clusters)
-        splits = [k_warps for k_warps in (1, 2, 4, 8, 16) if k_warps <= warps and cluster * k_warps <= groups // step]
-        if not splits:
-            continue
-        tile = DecodeTile(
-            TOKENS=8 if M <= 8 else 16,
-            TILES=tiles,
-            STEP=step,
-            WARPS=warps,
-            K_WARPS=next((k_warps for k_warps in splits if warps // k_warps <= blocks), splits[-1]),
-            CLUSTER=cluster,
-            CLUSTERS=clusters,
-            blocks_per_multiprocessor=blocks_per_multiprocessor,
+        return None
+    tokens = next(tokens for tokens in (1, 2, 4, 8, 16) if tokens >= M)
+    for warps, blocks_per_multiprocessor, cluster, stages in (
+        (16, 1, 1, 4),
+        (16, 1, 2, 4),
+        (16, 1, 4, 3),
+        (16, 1, 8, 2),
+        (16, 1, 8, 1),
+    ):
+        tile = _shared_out(
+            DecodeTile(
+                TOKENS=tokens,
+                DIGITS=0,
+                TILES=1,
+                STAGES=stages,
+                WARPS=warps,
+                K_WARPS=1,
+                CLUSTER=cluster,
+                CLUSTERS=1,
+                blocks_per_multiprocessor=blocks_per_multiprocessor,
+            ),
+            layers,
+            K,
         )
-        if tile.shared_bytes(N, K) <= room:
+        if tile is not None and tile.shared_bytes(layers, K, g) <= SHARED_BYTES // blocks_per_multiprocessor:
             return tile
     return None
+
+
+def _shared_out(tile: DecodeTile, layers: tuple[LayerShape, ...], K: int) -> DecodeTile | None:
+    """The tile with its clusters and K_WARPS: K is split over as many warps as have no row block of their own."""
+    row_blocks = tile.row_blocks(layers)
+    clusters = min(row_blocks, tile.blocks_per_multiprocessor * MULTIPROCESSORS // tile.CLUSTER)
+    blocks = -(-row_blocks // clusters)
+    splits = [k for k in (1, 2, 4, 8, 16) if k <= tile.WARPS and tile.CLUSTER * k <= _steps(K)]
+    if not splits:
+        return None
+    k_warps = next((k for k in splits if tile.WARPS // k <= blocks), splits[-1])
+    return dataclasses.replace(tile, CLUSTERS=clusters, K_WARPS=k_warps)

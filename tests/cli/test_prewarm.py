@@ -62,10 +62,6 @@ def test_what_two_processes_compile_at_once_a_third_only_loads(tmp_path: Path) -
     assert any(report["compiled"] for report in first)
     warm = prewarm(tmp_path)
     assert (warm["compiled"], warm["cached"], warm["failed"]) == (0, 1, [])
-    # A damaged kernel is compiled again.
-    for library in tmp_path.rglob("executable.so"):
-        library.write_bytes(b"damaged")
-    assert prewarm(tmp_path)["compiled"] == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what a machine without a GPU gets")

@@ -19,7 +19,7 @@ from ternarize.config import Kernels, kernels_policy
 from ternarize.errors import ConfigError
 from ternarize.passes.base import mutates
 from ternarize.passes.insert_finite_guard import layer_calls
-from ternarize.passes.lower_ternary import choose_node
+from ternarize.passes.lower_ternary import choose_node, lowered_values
 from ternarize.passes.manager import JointPasses, PostGradPasses, checks_finite, run_on_dynamo_graph
 
 Compiled = Callable[..., Any]
@@ -38,6 +38,7 @@ def compile_graph(
     run_on_dynamo_graph(graph_module)
     phase: Phase = "training" if _needs_autograd(example_inputs) else "inference"
     guarded = _record_choices(graph_module, example_inputs, phase, policy)
+    _start_kernels(graph_module, phase, policy)
 
     def compile_part(graph: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
         part: Phase = "inference" if settings.get("is_inference") else "training"
@@ -91,6 +92,18 @@ def _record_choices(
             if index is not None and choice.backend == "tilelang" and phase == "inference" and checks_finite():
                 guarded.append(index)
     return guarded
+
+
+def _start_kernels(graph_module: fx.GraphModule, phase: Phase, policy: Kernels) -> None:
+    """Have the TileLang kernels of all calls compiled side by side, while Inductor compiles the rest of the graph."""
+    for node, _ in layer_calls(graph_module.graph):
+        if choose_node(node, phase, policy).backend == "tilelang":
+            # TileLang takes a second to import.
+            from ternarize.backends.tilelang.linear import prepare
+
+            _, (x, T_packed, _, E_mantissa, bias, _, group_size) = lowered_values(node)
+            guarded = phase == "inference" and checks_finite()
+            prepare(x, T_packed, E_mantissa, bias, group_size, guarded=guarded)
 
 
 def _guard_outputs(compiled: Compiled, original: fx.GraphModule, guarded: list[int], policy: Kernels) -> Compiled:

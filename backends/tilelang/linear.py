@@ -39,8 +39,8 @@ def layer_shapes(
     """What programs must know of the layers of a call, from their tensors, which may be fake."""
     return tuple(
         LayerShape(
-            N=packed.shape[-2],
-            planes=packed.shape[0] if packed.dim() == 3 else 1,
+            N=int(packed.shape[-2]),
+            planes=int(packed.shape[0]) if packed.dim() == 3 else 1,
             mantissa=None if mantissa is None else str(mantissa.dtype).removeprefix("torch."),
             bias=b is not None,
         )
@@ -74,9 +74,9 @@ def prepare(
     *,
     guarded: bool,
 ) -> None:
-    """Begin to build the kernels of a call that is being compiled, side by side with whatever else is.
+    """Begin to build the kernel of a call that is being compiled, side by side with whatever else is.
 
-    Those of its number of tokens; if that is dynamic, of the number at hand and of decoding.
+    That for its number of tokens; if that is dynamic, for the number at hand and for one, with which decoding goes on.
 
     Args:
         x: fake, as are the other tensors; their shapes are those of `ternarize.ops`.
@@ -87,11 +87,11 @@ def prepare(
         guarded: whether the kernels will report outputs that are not finite.
     """
     rows = math.prod(x.shape[:-1])
-    tokens = [rows] if isinstance(rows, int) else [*range(1, 17), *([rows.node.hint] if rows.node.has_hint() else [])]
-    layers = layer_shapes(T_packed, E_mantissa, bias)
+    tokens = [rows] if isinstance(rows, int) else [rows.node.hint, 1] if rows.node.has_hint() else [1]
+    layers, K = layer_shapes(T_packed, E_mantissa, bias), int(x.shape[-1])
     for M in tokens:
         if M > 0:
-            build.start(program_for(M, layers, x.shape[-1], group_size, x.dtype, guarded=guarded, gpu=_gpu(x.device)))
+            build.start(program_for(M, layers, K, group_size, x.dtype, guarded=guarded, gpu=_gpu(x.device)))
 
 
 @functools.cache

@@ -6,23 +6,23 @@ Inductor fuses and schedules everything else. `ternarize.passes.manager` states 
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from ternarize import guard
+from ternarize.backends.guarded import Compiled, GuardedGraph
 from ternarize.backends.select import Phase
-from ternarize.backends.torch.update import NONFINITE_OUTPUT
-from ternarize.config import Kernels, kernels_policy
+from ternarize.config import Kernels, flag, kernels_policy
 from ternarize.errors import ConfigError
-from ternarize.passes.base import mutates
-from ternarize.passes.insert_finite_guard import layer_calls
-from ternarize.passes.lower_ternary import choose_node, lowered_values
-from ternarize.passes.manager import JointPasses, PostGradPasses, checks_finite, run_on_dynamo_graph
+from ternarize.layer import TernaryLinear
+from ternarize.passes.insert_finite_guard import GuardOutputPass, layer_calls
+from ternarize.passes.lower_ternary import choose_node, guarded_by, lowered_values
+from ternarize.passes.manager import JointPasses, PostGradPasses, run_on_dynamo_graph
 
-Compiled = Callable[..., Any]
+Layers = dict[fx.Node, TernaryLinear]
 
 
 def compile_graph(
@@ -37,7 +37,12 @@ def compile_graph(
     patches = _inductor_patches(mode, {key: value for key, value in options.items() if key != "kernels"})
     run_on_dynamo_graph(graph_module)
     phase: Phase = "training" if _needs_autograd(example_inputs) else "inference"
-    guarded = _record_choices(graph_module, example_inputs, phase, policy)
+    layers = _layers(graph_module, example_inputs)
+    _record_choices(graph_module, layers, phase, policy)
+    guarding = phase == "inference" and checks_finite()
+    guards = GuardOutputPass(lambda node: guarding and choose_node(node, phase, policy).backend == "tilelang")
+    guards(graph_module.graph)
+    graph_module.recompile()
     _start_kernels(graph_module, phase, policy)
 
     def compile_part(graph: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
@@ -48,9 +53,13 @@ def compile_graph(
     # Given to compile_fx as well, so that the key of AOTAutograd's cache has them.
     patches["joint_custom_pre_pass"] = JointPasses()
     patches["post_grad_custom_pre_pass"] = PostGradPasses(phase, policy)
-    original = copy.deepcopy(graph_module) if guarded else None
+    # A copy that reads the flags themselves, as the compiled graph does.
+    original = copy.deepcopy(graph_module, {id(flags): flags for flags in guards.flags}) if guards.flags else None
     compiled: Any = compile_fx(graph_module, list(example_inputs), inner_compile=compile_part, config_patches=patches)
-    return compiled if original is None else _guard_outputs(compiled, original, guarded, policy)
+    if original is None:
+        return compiled  # type: ignore[no-any-return]  # untyped
+    guarded = [layers[status] for statuses in guards.statuses for status in statuses]
+    return GuardedGraph(compiled, original, guards.flags, guarded, policy)
 
 
 def _inductor_patches(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -71,27 +80,18 @@ def _needs_autograd(inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
 
 
-def _record_choices(
-    graph_module: fx.GraphModule, example_inputs: Sequence[Any], phase: Phase, policy: Kernels
-) -> list[int]:
-    """Note on each layer which kernel its node will get, for `ternarize.explain`.
+def checks_finite() -> bool:
+    """Whether outputs of TileLang kernels are guarded: TERNARIZE_CHECK_FINITE, on by default."""
+    return flag("TERNARIZE_CHECK_FINITE", "ARB_TILELANG_CHECK_FINITE", default=True)
 
-    Returns:
-        Positions among the graph's inputs of the status tensors whose layers will run in guarded TileLang kernels.
-    """
-    placeholders = graph_module.graph.find_nodes(op="placeholder")
-    position = {node: index for index, node in enumerate(placeholders)}
-    guarded = []
+
+def _record_choices(graph_module: fx.GraphModule, layers: Layers, phase: Phase, policy: Kernels) -> None:
+    """Note on each layer which kernel its node will get, for `ternarize.explain`."""
     for node, statuses in layer_calls(graph_module.graph):
         choice = choose_node(node, phase, policy)
         for status in statuses:
-            index = position.get(status)
-            layer = guard.layer_of(example_inputs[index]) if index is not None else None
-            if layer is not None:
-                layer.choices[phase] = (choice.backend, choice.reason)
-            if index is not None and choice.backend == "tilelang" and phase == "inference" and checks_finite():
-                guarded.append(index)
-    return guarded
+            if status in layers:
+                layers[status].choices[phase] = (choice.backend, choice.reason)
 
 
 def _start_kernels(graph_module: fx.GraphModule, phase: Phase, policy: Kernels) -> None:
@@ -102,26 +102,15 @@ def _start_kernels(graph_module: fx.GraphModule, phase: Phase, policy: Kernels) 
             from ternarize.backends.tilelang.linear import prepare
 
             _, (x, T_packed, _, E_mantissa, bias, _, group_size) = lowered_values(node)
-            guarded = phase == "inference" and checks_finite()
-            prepare(x, T_packed, E_mantissa, bias, group_size, guarded=guarded)
+            prepare(x, T_packed, E_mantissa, bias, group_size, guarded=bool(guarded_by(node)))
 
 
-def _guard_outputs(compiled: Compiled, original: fx.GraphModule, guarded: list[int], policy: Kernels) -> Compiled:
-    """Look at the status tensors after each call; if a kernel failed, run the call again without it.
-
-    One read of a few flags for the whole graph. The second run interprets the graph as Dynamo wrote it, whose ops
-    choose Triton or torch outside of compiled graphs; a graph that writes to its inputs, such as a KV cache, cannot
-    be run twice.
-    """
-    repeatable = not any(mutates(node) for node in original.graph.nodes)
-
-    def run(*args: Any) -> Any:
-        outputs = compiled(*args)
-        broken = guard.raised([args[index] for index in guarded], NONFINITE_OUTPUT)
-        if not broken:
-            return outputs
-        shapes = [list(arg.shape) for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()]
-        guard.take_off_tilelang(broken, forced=policy == "tilelang", shape=shapes[0] if shapes else [])
-        return fx.Interpreter(original).run(*args) if repeatable else outputs
-
-    return run
+def _layers(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Layers:
+    """The layer of each input of the graph that is a status tensor."""
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    found = {
+        node: guard.layer_of(value)
+        for node, value in zip(placeholders, example_inputs, strict=True)
+        if isinstance(value, Tensor)
+    }
+    return {node: layer for node, layer in found.items() if layer is not None}

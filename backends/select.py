@@ -151,12 +151,12 @@ def _say_once(level: int, message: str) -> None:
     log.log(level, message)
 
 
-def eager_backend(stem: str, args: Sequence[Any]) -> str:
-    """The backend that runs a semantic op outside of graphs.
+def eager_backend(stem: str, args: Sequence[Any], policy: Kernels | None = None) -> str:
+    """The backend that runs a semantic op outside of graphs, by ``policy`` or what the environment asks for.
 
     In ``auto`` that is Triton or torch: TileLang's output is guarded in graphs only.
     """
-    policy = kernels_policy()
+    policy = policy or kernels_policy()
     # Whether a layer that is called eagerly trains is not known; the other ops only run in training.
     phase: Phase = "inference" if policy == "tilelang" and stem == "linear" else "training"
     return choose(stem, phase, facts_of(stem, args), policy).backend

@@ -1,14 +1,15 @@
-"""Put checks for NaN and Inf into graphs: on the loss in training, on the outputs of TileLang kernels in inference."""
+"""Put guards against NaN and Inf into graphs: on the loss in training, on what TileLang kernels write in inference."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.source import LocalSource
 from torch.utils._pytree import tree_leaves
 
 from ternarize import ops  # noqa: F401  # importing ops registers torch.ops.ternarize
-from ternarize.backends.torch.update import NONFINITE_LOSS, NONFINITE_OUTPUT
+from ternarize.backends.torch.update import NONFINITE_LOSS
 from ternarize.passes.base import GraphPass, bodies, calls
 
 #: Position of the status tensors in the arguments of the two ops.
@@ -69,33 +70,67 @@ def _is_loss(value: Any) -> bool:
 
 
 class GuardOutputPass(GraphPass):
-    """Check what a TileLang kernel writes: non-finite output from finite input raises a bit of the layer's status.
+    """Decide which layers report output that is not finite, and where to: those that will run in TileLang.
 
-    Runs on the inference graph after autograd, just before `LowerTernaryPass`, and guards the calls that will become
-    TileLang kernels. After the items of such a call:
+    Runs on the Dynamo graph, last of all passes. In place of the status tensors of such layers come rows of one tensor,
+    a buffer of the graph module, which CUDA graphs take to stay where it is: one read of it tells of every layer. The
+    other calls get no status, so they are lowered to kernels that report nothing:
 
-        y: "bf16[s0, 4096]" = getitem(linear, 0)
-        check_finite = ternarize.check_finite(y, x, status, 1)
+        linear   = ternarize.linear(x, [Tq, Tk], [Eq, Ek], ..., [status_q, status_k], 128, True)
+        linear_1 = ternarize.linear(y, [T], [E], ..., [status], 128, True)
 
-    The backend looks at the status tensors once after the whole graph has run. Counts guarded outputs.
+    becomes, if only the first will run in TileLang,
+
+        flags    = get_attr[target=ternarize_flags_0];  row_0 = select(flags, 0, 0);  row_1 = select(flags, 0, 1)
+        linear   = ternarize.linear(x, [Tq, Tk], [Eq, Ek], ..., [row_0, row_1], 128, True)
+        linear_1 = ternarize.linear(y, [T], [E], ..., [], 128, True)
+
+    After the pass `flags` holds the buffers, and `statuses` the nodes of the status tensors whose places their rows
+    took, in the order of the graph. Counts guarded layers.
+
+    Args:
+        guarded: whether the layers of a call are guarded.
     """
 
-    def __init__(self, chosen_backend: Callable[[fx.Node], str]) -> None:
-        self._chosen_backend = chosen_backend
+    def __init__(self, guarded: Callable[[fx.Node], bool]) -> None:
+        self._guarded = guarded
+        #: int32 [guarded layers, 2], one for each device of the graph.
+        self.flags: list[torch.Tensor] = []
+        #: For each of `flags`, the placeholders of the status tensors that its rows stand for.
+        self.statuses: list[list[fx.Node]] = []
 
     def rewrite(self, graph: fx.Graph) -> int:
-        """Add a check after each output of a call that will run in TileLang."""
-        count = 0
-        for node in list(graph.nodes):
-            if not calls(node, torch.ops.ternarize.linear) or self._chosen_backend(node) != "tilelang":
+        """Give guarded layers a row to write to, and the others nothing."""
+        by_device: dict[torch.device, dict[fx.Node, None]] = {}
+        for node, statuses in list(layer_calls(graph)):
+            if not calls(node, torch.ops.ternarize.linear):
                 continue
-            x, statuses = node.args[0], node.args[STATUS[torch.ops.ternarize.linear]]
-            for item in list(node.users):
-                with graph.inserting_after(item):
-                    check = graph.call_function(
-                        torch.ops.ternarize.check_finite.default,
-                        (item, x, statuses[item.args[1]], NONFINITE_OUTPUT),
-                    )
-                check.meta["val"] = None
-                count += 1
-        return count
+            if self._guarded(node):
+                for status in statuses:
+                    by_device.setdefault(status.meta["example_value"].device, {})[status] = None
+            else:
+                node.update_arg(STATUS[torch.ops.ternarize.linear], [])
+        for device, found in by_device.items():
+            self._add_flags(graph, device, list(found))
+        return sum(map(len, by_device.values()))
+
+    def _add_flags(self, graph: fx.Graph, device: torch.device, statuses: list[fx.Node]) -> None:
+        # Made in inference mode, it could not be written to outside of it.
+        with torch.inference_mode(False):
+            flags = torch.zeros(len(statuses), 2, dtype=torch.int32, device=device)
+        owner, name = graph.owning_module, f"ternarize_flags_{len(self.flags)}"
+        assert owner is not None
+        owner.register_buffer(name, flags)
+        # Dynamo says of every tensor that it leaves in a module where it found it, and AOTAutograd asks for it.
+        owner._param_name_to_source[name] = LocalSource(name)  # type: ignore[index,operator]
+        with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+            node = graph.get_attr(name)
+        fake = statuses[0].meta["example_value"].fake_mode.from_tensor(flags, static_shapes=True)
+        node.meta["example_value"] = fake
+        with graph.inserting_after(node):
+            for i, status in enumerate(statuses):
+                row = graph.call_function(torch.select, (node, 0, i))
+                row.meta["example_value"] = fake[i]
+                status.replace_all_uses_with(row)
+        self.flags.append(flags)
+        self.statuses.append(statuses)

@@ -8,8 +8,9 @@ from torch import fx
 from ternarize.backends.select import Choice, Phase, choose, facts_of
 from ternarize.config import Kernels
 from ternarize.errors import TernarizeError
-from ternarize.ops import lowered
+from ternarize.ops import lowered, with_status
 from ternarize.passes.base import GraphPass, calls, copy_meta
+from ternarize.passes.insert_finite_guard import STATUS
 from ternarize.passes.insert_update_hook import updates_stage
 
 #: Ops that become a call of the lowered op with a subset of their arguments; `update_stage` is lowered in place.
@@ -24,8 +25,10 @@ class LowerTernaryPass(GraphPass):
     Runs on the functional graph after autograd, right before Inductor's own passes, with the phase of the graph. The
     choice is made per node by `ternarize.backends.select` from fake tensors. Before and after, in an inference graph:
 
-        linear   = ternarize.linear(x, [T], [E], [None], [None], [None], [status], 128, True)
-        linear_1 = ternarize.linear_tilelang(x, [T], [E], [None], [None], [None], 128)
+        linear   = ternarize.linear(x, [T], [E], [None], [None], [None], [row], 128, True)
+        linear_1 = ternarize.linear_tilelang(x, [T], [E], [None], [None], [None], [row], 128)
+
+    Only TileLang's op takes the row of flags that `GuardOutputPass` gave to a guarded layer, and writes to it.
 
     ``linear_train`` becomes the same lowered op: its update is already in the backward graph, where ``grad_input`` and
     ``update_stage`` (inside its auto_functionalized_v2) are replaced likewise. A semantic op that is left over is an
@@ -45,6 +48,8 @@ class LowerTernaryPass(GraphPass):
             elif calls(node, *LOWERED):
                 stem, args = lowered_arguments(node)
                 choice = choose_node(node, self._phase, self._policy)
+                if stem == "linear":
+                    args = with_status(choice.backend, args, guarded_by(node))
                 with graph.inserting_before(node):
                     call = graph.call_function(lowered(stem, choice.backend), args)
                 call.meta = copy_meta(node)
@@ -70,6 +75,11 @@ class LowerTernaryPass(GraphPass):
             node.update_arg(0, op)
         else:
             node.target = op
+
+
+def guarded_by(node: fx.Node) -> list[fx.Node]:
+    """The rows of flags that `GuardOutputPass` gave to a call of `linear`; a training call has none."""
+    return list(node.args[STATUS[torch.ops.ternarize.linear]]) if calls(node, torch.ops.ternarize.linear) else []  # type: ignore[arg-type]
 
 
 def lowered_arguments(node: fx.Node) -> tuple[str, tuple[Any, ...]]:

@@ -3,10 +3,11 @@
 1. On the Dynamo graph (`run_on_dynamo_graph`), before autograd and before any cache key is computed:
    `SwapLinearPass`, so that functional uses of a ternary weight are calls of `linear` too; `FuseSharedInputPass`, which
    must come before autograd for the backward to be merged as well; `GuardLossPass`, on the outputs as the user wrote
-   them.
+   them. Then, with the choices of kernels at hand, `GuardOutputPass`: the buffers that it adds become inputs of what
+   AOTAutograd makes.
 2. On the joint graph (`JointPasses`), before it is partitioned: `InsertUpdateHookPass`.
-3. On each functional graph after autograd (`PostGradPasses`), before Inductor's own passes: `GuardOutputPass`, then
-   `LowerTernaryPass`, after which no semantic op is left.
+3. On each functional graph after autograd (`PostGradPasses`), before Inductor's own passes: `LowerTernaryPass`, after
+   which no semantic op is left.
 
 `JointPasses` and `PostGradPasses` have a ``uuid`` that names the package's sources and every setting that a choice
 depends on, so that Inductor's caches stay valid and never serve a graph that was lowered for other kernels.
@@ -19,18 +20,13 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from ternarize.backends.select import Phase, fingerprint
-from ternarize.config import Kernels, flag
+from ternarize.config import Kernels
 from ternarize.passes.base import source_hash
 from ternarize.passes.fuse_shared_input import FuseSharedInputPass
-from ternarize.passes.insert_finite_guard import GuardLossPass, GuardOutputPass
+from ternarize.passes.insert_finite_guard import GuardLossPass
 from ternarize.passes.insert_update_hook import InsertUpdateHookPass
-from ternarize.passes.lower_ternary import LowerTernaryPass, choose_node
+from ternarize.passes.lower_ternary import LowerTernaryPass
 from ternarize.passes.swap_linear import SwapLinearPass
-
-
-def checks_finite() -> bool:
-    """Whether outputs of TileLang kernels are guarded: TERNARIZE_CHECK_FINITE, on by default."""
-    return flag("TERNARIZE_CHECK_FINITE", "ARB_TILELANG_CHECK_FINITE", default=True)
 
 
 def run_on_dynamo_graph(graph_module: fx.GraphModule) -> None:
@@ -68,12 +64,9 @@ class PostGradPasses(CustomGraphPass):
     def __init__(self, phase: Phase, policy: Kernels) -> None:
         self._phase: Phase = phase
         self._policy: Kernels = policy
-        self._guard = phase == "inference" and checks_finite()
 
     def __call__(self, graph: fx.Graph) -> None:
         """Run the passes in order."""
-        if self._guard:
-            GuardOutputPass(lambda node: choose_node(node, self._phase, self._policy).backend)(graph)
         LowerTernaryPass(self._phase, self._policy)(graph)
 
     def uuid(self) -> Any:
@@ -84,6 +77,5 @@ class PostGradPasses(CustomGraphPass):
             torch.__version__,
             self._phase,
             self._policy,
-            checks_finite(),
             fingerprint(),
         )

@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -31,31 +30,22 @@ def layer_of(status: Tensor) -> "TernaryLinear | None":
     return None if reference is None else reference()
 
 
-def raised(statuses: Sequence[Tensor], bit: int) -> list[Tensor]:
-    """The status tensors in which ``bit`` is set, cleared in passing. Synchronises with the device once."""
-    flags = (torch.stack([status[0] for status in statuses]) & bit).tolist()
-    hit = [status for status, flag in zip(statuses, flags, strict=True) if flag]
-    for status in hit:
-        status[0] &= ~bit
-    return hit
-
-
-def take_off_tilelang(statuses: Sequence[Tensor], *, forced: bool, shape: Sequence[int]) -> None:
+def take_off_tilelang(layers: Sequence["TernaryLinear"], *, forced: bool, shape: Sequence[int] | None) -> None:
     """Switch layers whose TileLang kernel wrote a non-finite value to the next backend, for the rest of the process.
 
     The switch is an attribute that Dynamo guards on: the next call of the compiled model recompiles without it.
 
     Args:
-        statuses: status tensors of the layers.
+        layers: the layers.
         forced: whether TileLang was asked for by name.
-        shape: of the input, for the message.
+        shape: of the input, for the message; None if it was in an earlier call, whose result stands.
 
     Raises:
         NonFiniteError: if ``forced``.
     """
-    layers = [layer for layer in map(layer_of, statuses) if layer is not None]
     names = ", ".join(f"{layer.name or 'unnamed'} [{layer.out_features}x{layer.in_features}]" for layer in layers)
-    what = f"TileLang wrote NaN or Inf from finite input of shape {list(shape)} in {names}"
+    when = f"of shape {list(shape)}" if shape is not None else "in an earlier call, which wrote to its inputs"
+    what = f"TileLang wrote NaN or Inf from finite input {when}: {names}"
     if forced:
         raise NonFiniteError(f"{what}: use kernels=auto, which falls back, or kernels=triton")
     for layer in layers:

@@ -209,16 +209,18 @@ class TernaryLinear(nn.Module):
         self._announce()
 
     def _announce(self) -> None:
-        """Tell the output guard whose status this is, and Dynamo that no size of the transients ever changes.
+        """Tell the output guard whose status this is, and Dynamo that the transients keep their sizes and addresses.
 
         Dynamo takes parameters to be static, but with dynamic=True it would trace other tensors with symbolic sizes,
-        and take a batch of 2 and the 2 entries of a status for the same symbol.
+        and take a batch of 2 and the 2 entries of a status for the same symbol. CUDA graphs would be replayed on copies
+        of them, or, as graphs write to them, not be used at all.
         """
         guard.register(self)
         for name in ("anchor", "status", "rng", *STAGE):
             tensor = getattr(self, name)
             if tensor is not None:
                 torch._dynamo.mark_static(tensor)
+                torch._dynamo.mark_static_address(tensor, guard=False)
 
     def prepare_training(self) -> None:
         """Allocate the stage, 8 bits a weight, that backward fills and the optimizer's step empties."""

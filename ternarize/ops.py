@@ -13,7 +13,9 @@ so every per-layer argument is a list:
     guard_loss      a copy of the loss, whose backward raises a bit of a status tensor if the loss is not finite
 
 Lowered ops, ``<op>_tilelang``, ``<op>_triton`` and ``<op>_torch``, are what `ternarize.passes.lower_ternary` puts in
-their place: each calls the function of the same name in ``ternarize.backends.<backend>``.
+their place: each calls the function of the same name in ``ternarize.backends.<backend>``. ``linear_tilelang`` also
+takes a list ``status``, before ``group_size``: one tensor a layer, whose output bit the kernel raises if it writes a
+value that is not finite, or none at all.
 
 Arguments, by name, with the letters of `ternarize.packing`:
 
@@ -40,6 +42,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ternarize.config import Kernels
 from ternarize.errors import ShapeError, TernarizeError
 from ternarize.packing import dequantize as _dequantize
 
@@ -54,6 +57,7 @@ _STAGE_MUTATED = (
 )
 
 _LINEAR = f"(Tensor x, {_WEIGHTS}, {_BIAS}, int group_size) -> Tensor[]"
+_LINEAR_TILELANG = f"(Tensor x, {_WEIGHTS}, {_BIAS}, Tensor(a!)[] status, int group_size) -> Tensor[]"
 _GRAD_INPUT = f"(Tensor[] grad_y, {_WEIGHTS}, int in_features, int group_size) -> Tensor"
 _UPDATE_STAGE = (
     f"(Tensor[] grad_y, Tensor x, Tensor[] T_packed, {_TRAIN_STATE}, {_STAGE_MUTATED}, int group_size, str rule) -> ()"
@@ -78,6 +82,12 @@ def lowered(stem: str, backend: str) -> torch._ops.OpOverload:
     """The op that runs ``stem`` with the kernels of ``backend``."""
     overload: torch._ops.OpOverload = getattr(torch.ops.ternarize, f"{stem}_{backend}").default
     return overload
+
+
+def with_status(backend: str, args: Sequence[Any], status: Sequence[Any] = ()) -> tuple[Any, ...]:
+    """Arguments of ``linear_<backend>``: TileLang's kernels take ``status``, none of them guarded if it is empty."""
+    *rest, group_size = args
+    return (*rest, list(status), group_size) if backend == "tilelang" else tuple(args)
 
 
 def kernel(stem: str, backend: str) -> Callable[..., Any]:
@@ -155,12 +165,30 @@ def _run(stem: str, backend: str, mutated: tuple[int, ...], *args: Any) -> Any:
 
 for _stem, (_schema, _, _backends) in _LOWERED.items():
     for _backend in _backends:
+        _lowered_schema = _LINEAR_TILELANG if (_stem, _backend) == ("linear", "tilelang") else _schema
         _define(
             f"{_stem}_{_backend}",
-            _schema,
-            functools.partial(_run, _stem, _backend, _mutated(_schema)),
+            _lowered_schema,
+            functools.partial(_run, _stem, _backend, _mutated(_lowered_schema)),
             _FAKES[_stem],
         )
+
+
+def _functionalize_linear(ctx: Any, *args: Any) -> list[Tensor]:
+    """Trace ``linear_tilelang`` where AOTAutograd makes a graph functional: unguarded, it mutates nothing.
+
+    Inductor takes an op that returns a list and mutates an argument, as this one is when a pass has put it in, only if
+    the op says itself how it is made functional.
+    """
+    if args[-2]:
+        raise TernarizeError("linear_tilelang takes status tensors from `GuardOutputPass` only: pass an empty list")
+    with ctx.redispatch_to_next():
+        outputs: list[Tensor] = torch.ops.ternarize.linear_tilelang(*ctx.unwrap_tensors(args))
+    wrapped: list[Tensor] = ctx.wrap_tensors(outputs)
+    return wrapped
+
+
+torch.ops.ternarize.linear_tilelang.default.py_functionalize_impl(_functionalize_linear)
 
 
 def _eager(stem: str, *args: Any) -> Any:
@@ -174,26 +202,28 @@ for _stem in ("grad_input", "update_stage", "update_commit"):
     _define(_stem, _LOWERED[_stem][0], functools.partial(_eager, _stem), _FAKES[_stem])
 
 
-def _linear_eager(
-    x: Tensor,
-    T_packed: list[Tensor],
-    E: list[Tensor],
-    E_mantissa: list[Tensor | None],
-    bias: list[Tensor | None],
-    bias_exponent: list[Tensor | None],
-    status: list[Tensor],
-    group_size: int,
-    tilelang: bool,
-) -> list[Tensor]:
-    _check_input(x, T_packed)
-    outputs: list[Tensor] = _eager("linear", x, T_packed, E, E_mantissa, bias, bias_exponent, group_size)
+def linear_now(policy: Kernels | None, x: Tensor, *arguments: Any) -> list[Tensor]:
+    """Run ``linear`` outside of graphs, unguarded: in ``auto`` with Triton or torch.
+
+    Args:
+        policy: which kernels to use; None for what the environment asks for.
+        x: as of ``linear``.
+        arguments: the others of ``linear``, in their order.
+    """
+    from ternarize.backends.select import eager_backend
+
+    *weights, _, group_size, _ = arguments
+    _check_input(x, weights[0])
+    args = (x, *weights, group_size)
+    backend = eager_backend("linear", args, policy)
+    outputs: list[Tensor] = _run("linear", backend, (), *with_status(backend, args))
     return outputs
 
 
 _define(
     "linear",
     f"(Tensor x, {_WEIGHTS}, {_BIAS}, Tensor[] status, int group_size, bool tilelang) -> Tensor[]",
-    _linear_eager,
+    functools.partial(linear_now, None),
     _linear_fake,
 )
 
@@ -208,10 +238,7 @@ def _linear_train_eager(
     bias_exponent: list[Tensor | None],
     *rest: Any,
 ) -> list[Tensor]:
-    _check_input(x, T_packed)
-    group_size = rest[-2]
-    outputs: list[Tensor] = _eager("linear", x, T_packed, E, E_mantissa, bias, bias_exponent, group_size)
-    return outputs
+    return linear_now(None, x, T_packed, E, E_mantissa, bias, bias_exponent, [], rest[-2], False)
 
 
 _define(

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ternarize import ops
+from ternarize.backends.compiler import checks_finite
 from ternarize.backends.select import Choice, Facts, choose
 from ternarize.calls import Call
 from ternarize.config import Kernels
-from ternarize.passes.manager import checks_finite
 
 if TYPE_CHECKING:
     # TileLang takes a second to import, and is for Linux.

@@ -112,6 +112,7 @@ def linear(
     E_mantissa: Sequence[Tensor | None],
     bias: Sequence[Tensor | None],
     bias_exponent: Sequence[Tensor | None],
+    status: Sequence[Tensor],  # noqa: ARG001  # the programs do not report yet
     group_size: int,
 ) -> list[Tensor]:
     """Linear layers that share their input; see `ternarize.ops` for shapes, and `verify` for what is accepted.

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ternarize import ops
 from ternarize.packing import groups_per_row, pack
 
 #: Backends and devices: everything runs on the CPU (Triton in its interpreter) and, where there is one, on a GPU.
@@ -62,8 +63,7 @@ def random_weights(
 
 def linear(backend: str, x: Tensor, layers: list[Weights], group_size: int) -> list[Tensor]:
     """The lowered op of a backend."""
-    op = getattr(torch.ops.ternarize, f"linear_{backend}")
-    outputs: list[Tensor] = op(
+    arguments = (
         x,
         [w.T_packed for w in layers],
         [w.E for w in layers],
@@ -72,6 +72,7 @@ def linear(backend: str, x: Tensor, layers: list[Weights], group_size: int) -> l
         [w.bias_exponent for w in layers],
         group_size,
     )
+    outputs: list[Tensor] = ops.lowered("linear", backend)(*ops.with_status(backend, arguments))
     return outputs
 
 

@@ -51,6 +51,7 @@ def _run(x: Tensor, *layers: Layer) -> list[Tensor]:
         [None for _ in layers],
         [layer.bias for layer in layers],
         [layer.bias_exponent for layer in layers],
+        [],
         layers[0].g,
     )
     return outputs

@@ -18,6 +18,7 @@ import torch
 
 from ternarize.config import Kernels, flag, kernels_policy
 from ternarize.errors import KernelError
+from ternarize.ops import LINEAR_STEM
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +58,11 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def facts_of(stem: str, args: Sequence[Any]) -> Facts:
-    """Facts of a call of ``stem``, from its arguments, real or fake, in the order of its lowered schema."""
-    if stem == "linear":
+    """Facts of a call of ``stem``, from its arguments, real or fake, in the order of its lowered schema.
+
+    The arguments of ``linear_int8`` are those of ``linear``: the choice comes before x is quantised.
+    """
+    if stem in LINEAR_STEM.values():
         x, T_packed, mantissa, in_features, group_size = args[0], args[1], args[3], args[0].shape[-1], args[6]
     elif stem == "grad_input":
         (x, *_), T_packed, mantissa, in_features, group_size = args[0], args[1], args[3], args[4], args[5]
@@ -98,7 +102,7 @@ def choose(stem: str, phase: Phase, facts: Facts, policy: Kernels, *, tilelang: 
     """The backend for one call of ``stem``.
 
     Args:
-        stem: linear, grad_input, update_stage or update_commit.
+        stem: linear, linear_int8, grad_input, update_stage or update_commit.
         phase: of the graph.
         facts: of the call.
         policy: as of `ternarize.config.kernels_policy`.
@@ -114,7 +118,7 @@ def choose(stem: str, phase: Phase, facts: Facts, policy: Kernels, *, tilelang: 
                 "TERNARIZE_TILELANG_TRAINING=1"
             )
         # TileLang has no kernels for the backward yet: the gate opens its forward.
-        policy = "tilelang" if stem == "linear" else "triton"
+        policy = "tilelang" if stem in LINEAR_STEM.values() else "triton"
     return _choose(stem, phase, facts, policy, tilelang)
 
 
@@ -158,7 +162,7 @@ def eager_backend(stem: str, args: Sequence[Any], policy: Kernels | None = None)
     """
     policy = policy or kernels_policy()
     # Whether a layer that is called eagerly trains is not known; the other ops only run in training.
-    phase: Phase = "inference" if policy == "tilelang" and stem == "linear" else "training"
+    phase: Phase = "inference" if policy == "tilelang" and stem in LINEAR_STEM.values() else "training"
     return choose(stem, phase, facts_of(stem, args), policy).backend
 
 

@@ -15,12 +15,13 @@ class FuseSharedInputPass(GraphPass):
 
     Runs on the Dynamo graph, before autograd: the backward of the merged call is then merged by construction. Before:
 
-        q = ternarize.linear(x, [Tq], [Eq], [None], [None], [None], [sq], 128, True);  getitem(q, 0)
-        k = ternarize.linear(x, [Tk], [Ek], [None], [None], [None], [sk], 128, True);  getitem(k, 0)
+        q = ternarize.linear(x, [Tq], [Eq], [None], [None], [None], [sq], 128, "float", True);  getitem(q, 0)
+        k = ternarize.linear(x, [Tk], [Ek], [None], [None], [None], [sk], 128, "float", True);  getitem(k, 0)
 
     After:
 
-        qk = ternarize.linear(x, [Tq, Tk], [Eq, Ek], ..., [sq, sk], 128, True);  getitem(qk, 0);  getitem(qk, 1)
+        qk = ternarize.linear(x, [Tq, Tk], [Eq, Ek], ..., [sq, sk], 128, "float", True)
+        getitem(qk, 0);  getitem(qk, 1)
 
     The merged call stands where the first one stood. Calls stay apart when anything between them may write to a tensor,
     when an argument is computed in the graph rather than given to it, and when their scalar arguments differ. Counts

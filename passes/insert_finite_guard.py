@@ -76,14 +76,14 @@ class GuardOutputPass(GraphPass):
     a buffer of the graph module, which CUDA graphs take to stay where it is: one read of it tells of every layer. The
     other calls get no status, so they are lowered to kernels that report nothing:
 
-        linear   = ternarize.linear(x, [Tq, Tk], [Eq, Ek], ..., [status_q, status_k], 128, True)
-        linear_1 = ternarize.linear(y, [T], [E], ..., [status], 128, True)
+        linear   = ternarize.linear(x, [Tq, Tk], [Eq, Ek], ..., [status_q, status_k], 128, "float", True)
+        linear_1 = ternarize.linear(y, [T], [E], ..., [status], 128, "float", True)
 
     becomes, if only the first will run in TileLang,
 
         flags    = get_attr[target=ternarize_flags_0];  row_0 = select(flags, 0, 0);  row_1 = select(flags, 0, 1)
-        linear   = ternarize.linear(x, [Tq, Tk], [Eq, Ek], ..., [row_0, row_1], 128, True)
-        linear_1 = ternarize.linear(y, [T], [E], ..., [], 128, True)
+        linear   = ternarize.linear(x, [Tq, Tk], [Eq, Ek], ..., [row_0, row_1], 128, "float", True)
+        linear_1 = ternarize.linear(y, [T], [E], ..., [], 128, "float", True)
 
     After the pass `flags` holds the buffers, and `statuses` the nodes of the status tensors whose places their rows
     took, in the order of the graph. Counts guarded layers.

@@ -4,11 +4,13 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from ternarize.activation import quantize_activation
 from ternarize.backends.select import Choice, Phase, choose, facts_of
 from ternarize.config import Kernels
 from ternarize.errors import TernarizeError
-from ternarize.ops import lowered, with_status
+from ternarize.ops import LINEAR_STEM, lowered, with_status
 from ternarize.passes.base import GraphPass, calls, copy_meta
 from ternarize.passes.insert_finite_guard import STATUS
 from ternarize.passes.insert_update_hook import updates_stage
@@ -25,10 +27,18 @@ class LowerTernaryPass(GraphPass):
     Runs on the functional graph after autograd, right before Inductor's own passes, with the phase of the graph. The
     choice is made per node by `ternarize.backends.select` from fake tensors. Before and after, in an inference graph:
 
-        linear   = ternarize.linear(x, [T], [E], [None], [None], [None], [row], 128, True)
+        linear   = ternarize.linear(x, [T], [E], [None], [None], [None], [row], 128, "float", True)
         linear_1 = ternarize.linear_tilelang(x, [T], [E], [None], [None], [None], [row], 128)
 
-    Only TileLang's op takes the row of flags that `GuardOutputPass` gave to a guarded layer, and writes to it.
+    Only TileLang's ops take the rows of flags that `GuardOutputPass` gave to guarded layers, and write to them.
+
+    With activation "int8" the quantiser is written into the graph, where Inductor fuses it into what computes x; layers
+    that share x, one call by now, share it:
+
+        linear   = ternarize.linear(x, [T], [E], [None], [None], [None], [status], 128, "int8", True)
+
+        abs_1    = aten.abs(x);  ...  q: "i8[s0, 4096]" = ...;  scale: "f32[s0, 1]" = ...
+        linear_1 = ternarize.linear_int8_triton(q, scale, [T], [E], [None], [None], [None], 128, torch.bfloat16)
 
     ``linear_train`` becomes the same lowered op: its update is already in the backward graph, where ``grad_input`` and
     ``update_stage`` (inside its auto_functionalized_v2) are replaced likewise. A semantic op that is left over is an
@@ -48,9 +58,11 @@ class LowerTernaryPass(GraphPass):
             elif calls(node, *LOWERED):
                 stem, args = lowered_arguments(node)
                 choice = choose_node(node, self._phase, self._policy)
-                if stem == "linear":
-                    args = with_status(choice.backend, args, guarded_by(node))
                 with graph.inserting_before(node):
+                    if stem == LINEAR_STEM["int8"]:
+                        x, *rest = args
+                        args = (*_write_quantizer(graph, x), *rest, x.meta["val"].dtype)
+                    args = with_status(stem, choice.backend, args, guarded_by(node))
                     call = graph.call_function(lowered(stem, choice.backend), args)
                 call.meta = copy_meta(node)
                 node.replace_all_uses_with(call)
@@ -77,20 +89,35 @@ class LowerTernaryPass(GraphPass):
             node.target = op
 
 
-def guarded_by(node: fx.Node) -> list[fx.Node]:
+def guarded_by(node: fx.Node) -> Any:
     """The rows of flags that `GuardOutputPass` gave to a call of `linear`; a training call has none."""
-    return list(node.args[STATUS[torch.ops.ternarize.linear]]) if calls(node, torch.ops.ternarize.linear) else []  # type: ignore[arg-type]
+    return node.args[STATUS[torch.ops.ternarize.linear]] if calls(node, torch.ops.ternarize.linear) else []
 
 
 def lowered_arguments(node: fx.Node) -> tuple[str, tuple[Any, ...]]:
-    """Stem and arguments of the lowered op for a call of `linear`, `linear_train` or `grad_input`."""
+    """Stem and arguments of the lowered op for a call of `linear`, `linear_train` or `grad_input`.
+
+    Those of ``linear_int8`` are still to be quantised: they are the arguments of ``linear``.
+    """
     if calls(node, torch.ops.ternarize.linear):
-        *weights, _, group_size, _ = node.args
-        return "linear", (*weights, group_size)
+        *weights, _, group_size, activation, _ = node.args
+        return LINEAR_STEM[str(activation)], (*weights, group_size)
     if calls(node, torch.ops.ternarize.linear_train):
         x, _, *weights = node.args[:7]
-        return "linear", (x, *weights, node.args[-2])
+        group_size, activation, _ = node.args[-3:]
+        return LINEAR_STEM[str(activation)], (x, *weights, group_size)
     return "grad_input", node.args
+
+
+def _write_quantizer(graph: fx.Graph, x: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Write `quantize_activation` of x into the graph, in the ops that Inductor lowers; q and scale."""
+    # Inductor takes seconds to import: where this pass runs, it is there.
+    from torch._inductor.decomposition import select_decomp_table
+
+    traced = make_fx(quantize_activation, decomposition_table=select_decomp_table())(x.meta["val"])
+    (placeholder,) = traced.graph.find_nodes(op="placeholder")
+    q, scale = graph.graph_copy(traced.graph, {placeholder: x})  # type: ignore[misc]  # the outputs, as they were
+    return q, scale
 
 
 def choose_node(node: fx.Node, phase: Phase, policy: Kernels) -> Choice:

@@ -131,8 +131,10 @@ class SwapLinearPass(GraphPass):
 
     becomes
 
-        call = ternarize.linear(x, [T_packed], [E], [None], [None], [None], [], 128, False)
+        call = ternarize.linear(x, [T_packed], [E], [None], [None], [None], [], 128, "float", False)
         y: "f32[s0, N]" = getitem(call, 0) + bias
+
+    The weight is used as a dense one would be, so x is not rounded, whatever the layer's own activation.
 
     Such a call has no status tensor, hence no output guard and no TileLang. Calls under autocast stay as they are:
     their result has another dtype than their input. Counts swapped calls.
@@ -154,7 +156,7 @@ class SwapLinearPass(GraphPass):
             with graph.inserting_before(node):
                 call = graph.call_function(
                     torch.ops.ternarize.linear,
-                    (x, [T_packed], [E], [E_mantissa], [None], [None], [], group_size, False),
+                    (x, [T_packed], [E], [E_mantissa], [None], [None], [], group_size, "float", False),
                 )
                 y = graph.call_function(operator.getitem, (call, 0))
                 if bias is not None:

@@ -11,6 +11,7 @@ from ternarize.packing import check_group_size
 Rule = Literal["factored", "sign"]
 Accumulator = Literal["int8", "int4"]
 Init = Literal["absmean", "least_squares"]
+Activation = Literal["float", "int8"]
 Kernels = Literal["auto", "tilelang", "triton", "torch"]
 
 
@@ -33,6 +34,10 @@ class TernaryConfig:
     """How a dense weight becomes levels: `absmean` (BitNet b1.58: 2^E near the mean magnitude; one plane only) or
     `least_squares` (per group, the power of two with the smallest squared error). More planes always use the latter."""
 
+    activation: Activation = "float"
+    """How a layer multiplies its input: `float`, as it comes (W2A16), or `int8`, rounded to 8 bits with one scale a
+    token (W2A8, BitNet b1.58). It changes no weight and no training state."""
+
     rule: Rule = "factored"
     """Which integer update rule a trainable layer keeps state for."""
 
@@ -45,7 +50,12 @@ class TernaryConfig:
 
     def __post_init__(self) -> None:
         check_group_size(self.group_size)
-        for name, choices in (("planes", (1, 2, 3)), ("init", get_args(Init)), ("rule", get_args(Rule))):
+        for name, choices in (
+            ("planes", (1, 2, 3)),
+            ("init", get_args(Init)),
+            ("activation", get_args(Activation)),
+            ("rule", get_args(Rule)),
+        ):
             if getattr(self, name) not in choices:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(map(str, choices))}"

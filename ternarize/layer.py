@@ -42,7 +42,7 @@ class TernaryLinear(nn.Module):
         in_features: K.
         out_features: N.
         bias: whether there is a bias.
-        config: group size, planes, rule and form.
+        config: group size, planes, activation, rule and form.
         trainable: whether to keep the rule's state; only layers of one plane can.
         device: of the parameters.
         dtype: that a dense twin would have; `weight` and `ternarize.dequantize` use it. Casts of the model change it.
@@ -83,6 +83,7 @@ class TernaryLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.config = config
         self.rule: str = config.rule
+        self.activation: str = config.activation
         # A group longer than the row is the row: one spelling, so that equal layers compare and fuse.
         self.group_size: int = ROW if config.group_size >= in_features else config.group_size
         self.dtype = dtype or torch.get_default_dtype()
@@ -285,19 +286,23 @@ class TernaryLinear(nn.Module):
                 _present(self.stage_col),
                 [self.status],
                 self.group_size,
+                self.activation,
                 self.rule,
             )
         else:
-            outputs = torch.ops.ternarize.linear(x, *weights, [self.status], self.group_size, self.tilelang)
+            outputs = torch.ops.ternarize.linear(
+                x, *weights, [self.status], self.group_size, self.activation, self.tilelang
+            )
         return outputs[0]
 
     def extra_repr(self) -> str:
         """In the manner of nn.Linear, with what is ternary about the layer."""
         group = "row" if self.group_size == ROW else self.group_size
+        activation = "" if self.activation == "float" else f", activation={self.activation}"
         training = f", rule={self.rule}" if self.trainable else ", frozen"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"group_size={group}, planes={self.planes}{training}"
+            f"group_size={group}, planes={self.planes}{activation}{training}"
         )
 
 

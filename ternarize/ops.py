@@ -3,7 +3,7 @@
 Semantic ops are what layers call and Dynamo sees. Layers that share their input (q, k and v; gate and up) are one call,
 so every per-layer argument is a list:
 
-    linear          y_i = x · W_iᵀ + bias_i, differentiable in x
+    linear          y_i = x · W_iᵀ + bias_i, differentiable in x; with activation "int8", of x rounded to int8
     linear_train    the same; its backward also stages the integer update of each layer
     grad_input      sum over i of grad_y_i · W_i
     update_stage    adds the integers of one micro-batch's gradient to each layer's stage
@@ -13,9 +13,13 @@ so every per-layer argument is a list:
     guard_loss      a copy of the loss, whose backward raises a bit of a status tensor if the loss is not finite
 
 Lowered ops, ``<op>_tilelang``, ``<op>_triton`` and ``<op>_torch``, are what `ternarize.passes.lower_ternary` puts in
-their place: each calls the function of the same name in ``ternarize.backends.<backend>``. ``linear_tilelang`` also
-takes a list ``status``, before ``group_size``: one tensor a layer, whose output bit the kernel raises if it writes a
-value that is not finite, or none at all.
+their place: each calls the function of the same name in ``ternarize.backends.<backend>``. Those of ``linear`` that
+TileLang runs also take a list ``status``, before ``group_size``: empty, or one tensor a layer, whose output bit the
+kernel raises if it writes a value that is not finite.
+
+With activation "int8", ``linear`` and ``linear_train`` are lowered to the quantiser (`ternarize.activation`), as
+ordinary ops that Inductor fuses into what comes before, and ``linear_int8``. The rounding is passed straight through in
+backward, as in BitNet: grad_x is that of ``linear``, and the update takes x as it was multiplied, rounded.
 
 Arguments, by name, with the letters of `ternarize.packing`:
 
@@ -23,6 +27,7 @@ Arguments, by name, with the letters of `ternarize.packing`:
     T_packed       uint8 [N, B] or [P, N, B]              E              int8 [N, G]
     E_mantissa     integer, broadcasts to [N, G]          bias           int32 [N]
     bias_exponent  int8 [1]                               anchor         floating [0], requires_grad
+    q              int8 [..., K]: x rounded               scale          float32 [..., 1]: x is about q · scale
     row_log2       int16 [N]                              col_log2       int16 [K]
     T_accum        int8 [N, K]                            T_momentum     int8 [N, K]
     E_accum        int8 [N, G]                            rng            int64 [3]: seed, layer, step
@@ -42,6 +47,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ternarize.activation import dequantize_activation, quantize_activation
 from ternarize.config import Kernels
 from ternarize.errors import ShapeError, TernarizeError
 from ternarize.packing import dequantize as _dequantize
@@ -57,7 +63,8 @@ _STAGE_MUTATED = (
 )
 
 _LINEAR = f"(Tensor x, {_WEIGHTS}, {_BIAS}, int group_size) -> Tensor[]"
-_LINEAR_TILELANG = f"(Tensor x, {_WEIGHTS}, {_BIAS}, Tensor(a!)[] status, int group_size) -> Tensor[]"
+_LINEAR_INT8 = f"(Tensor q, Tensor scale, {_WEIGHTS}, {_BIAS}, int group_size, ScalarType dtype) -> Tensor[]"
+_STATUS = "Tensor(a!)[] status"
 _GRAD_INPUT = f"(Tensor[] grad_y, {_WEIGHTS}, int in_features, int group_size) -> Tensor"
 _UPDATE_STAGE = (
     f"(Tensor[] grad_y, Tensor x, Tensor[] T_packed, {_TRAIN_STATE}, {_STAGE_MUTATED}, int group_size, str rule) -> ()"
@@ -72,10 +79,15 @@ _UPDATE_COMMIT = (
 #: Stem of an op: its schema, the module of each backend that holds it, the backends that do.
 _LOWERED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "linear": (_LINEAR, "linear", BACKENDS),
+    "linear_int8": (_LINEAR_INT8, "linear_int8", BACKENDS),
     "grad_input": (_GRAD_INPUT, "grad_input", ("triton", "torch")),
     "update_stage": (_UPDATE_STAGE, "update", ("triton", "torch")),
     "update_commit": (_UPDATE_COMMIT, "update", ("triton", "torch")),
 }
+
+
+#: Stems whose TileLang kernels report what is not finite: how many arguments of their ops come after ``status``.
+_GUARDED = {"linear": 1, "linear_int8": 2}
 
 
 def lowered(stem: str, backend: str) -> torch._ops.OpOverload:
@@ -84,10 +96,12 @@ def lowered(stem: str, backend: str) -> torch._ops.OpOverload:
     return overload
 
 
-def with_status(backend: str, args: Sequence[Any], status: Sequence[Any] = ()) -> tuple[Any, ...]:
-    """Arguments of ``linear_<backend>``: TileLang's kernels take ``status``, none of them guarded if it is empty."""
-    *rest, group_size = args
-    return (*rest, list(status), group_size) if backend == "tilelang" else tuple(args)
+def with_status(stem: str, backend: str, args: Sequence[Any], status: Sequence[Any] = ()) -> tuple[Any, ...]:
+    """Arguments of a lowered op, with ``status`` if it takes that; empty, no layer is guarded."""
+    if stem not in _GUARDED or backend != "tilelang":
+        return tuple(args)
+    at = len(args) - _GUARDED[stem]
+    return (*args[:at], list(status), *args[at:])
 
 
 def kernel(stem: str, backend: str) -> Callable[..., Any]:
@@ -122,6 +136,10 @@ def _linear_fake(x: Tensor, T_packed: Sequence[Tensor], *_: Any) -> list[Tensor]
     return [x.new_empty((*x.shape[:-1], packed.shape[-2])) for packed in T_packed]
 
 
+def _linear_int8_fake(q: Tensor, scale: Tensor, T_packed: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+    return [q.new_empty((*q.shape[:-1], packed.shape[-2]), dtype=rest[-1]) for packed in T_packed]
+
+
 def _linear_train_fake(x: Tensor, anchor: Tensor, T_packed: Sequence[Tensor], *_: Any) -> list[Tensor]:
     return _linear_fake(x, T_packed)
 
@@ -138,6 +156,7 @@ def _nothing(*_: Any) -> None:
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "linear": _linear_fake,
+    "linear_int8": _linear_int8_fake,
     "grad_input": _grad_input_fake,
     "update_stage": _nothing,
     "update_commit": _nothing,
@@ -165,30 +184,33 @@ def _run(stem: str, backend: str, mutated: tuple[int, ...], *args: Any) -> Any:
 
 for _stem, (_schema, _, _backends) in _LOWERED.items():
     for _backend in _backends:
-        _lowered_schema = _LINEAR_TILELANG if (_stem, _backend) == ("linear", "tilelang") else _schema
+        _guarded = _stem in _GUARDED and _backend == "tilelang"
+        _its_schema = _schema.replace("int group_size", f"{_STATUS}, int group_size") if _guarded else _schema
         _define(
             f"{_stem}_{_backend}",
-            _lowered_schema,
-            functools.partial(_run, _stem, _backend, _mutated(_lowered_schema)),
+            _its_schema,
+            functools.partial(_run, _stem, _backend, _mutated(_its_schema)),
             _FAKES[_stem],
         )
 
 
-def _functionalize_linear(ctx: Any, *args: Any) -> list[Tensor]:
-    """Trace ``linear_tilelang`` where AOTAutograd makes a graph functional: unguarded, it mutates nothing.
+def _functionalize(op: torch._ops.OpOverload, status: int, ctx: Any, *args: Any) -> list[Tensor]:
+    """Trace a guarded op where AOTAutograd makes a graph functional: without status, it mutates nothing.
 
     Inductor takes an op that returns a list and mutates an argument, as this one is when a pass has put it in, only if
     the op says itself how it is made functional.
     """
-    if args[-2]:
-        raise TernarizeError("linear_tilelang takes status tensors from `GuardOutputPass` only: pass an empty list")
+    if args[status]:
+        raise TernarizeError(f"{op} takes status tensors from `GuardOutputPass` only: pass an empty list")
     with ctx.redispatch_to_next():
-        outputs: list[Tensor] = torch.ops.ternarize.linear_tilelang(*ctx.unwrap_tensors(args))
+        outputs: list[Tensor] = op(*ctx.unwrap_tensors(args))
     wrapped: list[Tensor] = ctx.wrap_tensors(outputs)
     return wrapped
 
 
-torch.ops.ternarize.linear_tilelang.default.py_functionalize_impl(_functionalize_linear)
+for _stem, _after in _GUARDED.items():
+    _op = lowered(_stem, "tilelang")
+    _op.py_functionalize_impl(functools.partial(_functionalize, _op, -1 - _after))
 
 
 def _eager(stem: str, *args: Any) -> Any:
@@ -202,6 +224,10 @@ for _stem in ("grad_input", "update_stage", "update_commit"):
     _define(_stem, _LOWERED[_stem][0], functools.partial(_eager, _stem), _FAKES[_stem])
 
 
+#: Activation of a layer: the lowered op that multiplies it.
+LINEAR_STEM = {"float": "linear", "int8": "linear_int8"}
+
+
 def linear_now(policy: Kernels | None, x: Tensor, *arguments: Any) -> list[Tensor]:
     """Run ``linear`` outside of graphs, unguarded: in ``auto`` with Triton or torch.
 
@@ -212,17 +238,20 @@ def linear_now(policy: Kernels | None, x: Tensor, *arguments: Any) -> list[Tenso
     """
     from ternarize.backends.select import eager_backend
 
-    *weights, _, group_size, _ = arguments
+    *weights, _, group_size, activation, _ = arguments
     _check_input(x, weights[0])
-    args = (x, *weights, group_size)
-    backend = eager_backend("linear", args, policy)
-    outputs: list[Tensor] = _run("linear", backend, (), *with_status(backend, args))
+    stem = LINEAR_STEM[activation]
+    args: tuple[Any, ...] = (x, *weights, group_size)
+    backend = eager_backend(stem, args, policy)
+    if activation == "int8":
+        args = (*quantize_activation(x), *weights, group_size, x.dtype)
+    outputs: list[Tensor] = _run(stem, backend, (), *with_status(stem, backend, args))
     return outputs
 
 
 _define(
     "linear",
-    f"(Tensor x, {_WEIGHTS}, {_BIAS}, Tensor[] status, int group_size, bool tilelang) -> Tensor[]",
+    f"(Tensor x, {_WEIGHTS}, {_BIAS}, Tensor[] status, int group_size, str activation, bool tilelang) -> Tensor[]",
     functools.partial(linear_now, None),
     _linear_fake,
 )
@@ -238,12 +267,14 @@ def _linear_train_eager(
     bias_exponent: list[Tensor | None],
     *rest: Any,
 ) -> list[Tensor]:
-    return linear_now(None, x, T_packed, E, E_mantissa, bias, bias_exponent, [], rest[-2], False)
+    group_size, activation, _ = rest[-3:]
+    return linear_now(None, x, T_packed, E, E_mantissa, bias, bias_exponent, [], group_size, activation, False)
 
 
 _define(
     "linear_train",
-    f"(Tensor x, Tensor anchor, {_WEIGHTS}, {_BIAS}, {_TRAIN_STATE}, {_STAGE}, int group_size, str rule) -> Tensor[]",
+    f"(Tensor x, Tensor anchor, {_WEIGHTS}, {_BIAS}, {_TRAIN_STATE}, {_STAGE}, int group_size, str activation, "
+    "str rule) -> Tensor[]",
     _linear_train_eager,
     _linear_train_fake,
 )
@@ -330,7 +361,7 @@ def _grad_input(ctx: Any, grad_y: list[Tensor], *weights: list[Any]) -> Tensor |
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, T_packed, E, E_mantissa, *_, ctx.group_size, _ = inputs
+    x, T_packed, E, E_mantissa, *_, ctx.group_size, _, _ = inputs
     # x itself is not needed: an empty stand-in keeps `_save` one function.
     _save(ctx, x.new_empty(0, x.shape[-1]), T_packed, E, E_mantissa)
     ctx.no_gradients = _no_gradients(inputs[1:])
@@ -345,7 +376,7 @@ torch.library.register_autograd("ternarize::linear", _linear_backward, setup_con
 
 
 def _linear_train_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, _, T_packed, E, E_mantissa, _, _, *state, ctx.group_size, ctx.rule = inputs
+    x, _, T_packed, E, E_mantissa, _, _, *state, ctx.group_size, ctx.activation, ctx.rule = inputs
     _save(ctx, x, T_packed, E, E_mantissa)
     # Not version-checked: backward itself mutates these, which a tied layer and two live graphs must survive.
     ctx.state = state
@@ -361,6 +392,8 @@ def _linear_train_backward(ctx: Any, grad_y: list[Tensor | None]) -> tuple[Any, 
     x, (gradients, T_packed, E, E_mantissa, *state) = _with_gradient(ctx, grad_y, ctx.state)
     grad_x = _grad_input(ctx, gradients, T_packed, E, E_mantissa)
     if gradients:
+        if ctx.activation == "int8":
+            x = dequantize_activation(*quantize_activation(x), x.dtype)
         torch.ops.ternarize.update_stage(gradients, x, T_packed, *state, ctx.group_size, ctx.rule)
     return grad_x, *ctx.no_gradients
 
@@ -379,7 +412,7 @@ def _grad_input_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     n, saved = ctx.layers, ctx.saved_tensors
     no_bias = [None] * n
     weights = (saved[:n], saved[n : 2 * n], saved[2 * n :])
-    grad_y = torch.ops.ternarize.linear(grad, *weights, no_bias, no_bias, [], ctx.group_size, False)
+    grad_y = torch.ops.ternarize.linear(grad, *weights, no_bias, no_bias, [], ctx.group_size, "float", False)
     return grad_y, *ctx.no_gradients
 
 

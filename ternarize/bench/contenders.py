@@ -144,7 +144,7 @@ def _kernel(name: str, layer: TernaryLinear, weight: Tensor, copies: list[tuple[
         return (x, [T_packed], [E], [None], [None], [None], layer.group_size)
 
     def multiply(x: Tensor, T_packed: Tensor, E: Tensor) -> Tensor:
-        outputs: list[Tensor] = op(*ops.with_status(name, arguments(x, T_packed, E)))
+        outputs: list[Tensor] = op(*ops.with_status("linear", name, arguments(x, T_packed, E)))
         return outputs[0]
 
     def refusal(x: Tensor) -> str | None:

@@ -12,7 +12,7 @@ from rich.table import Table
 from ternarize.checkpoint import ConversionReport, convert
 from ternarize.checkpoint.source import read_config
 from ternarize.cli.output import Output
-from ternarize.config import Init, TernaryConfig
+from ternarize.config import Activation, Init, TernaryConfig
 from ternarize.errors import CheckpointError, ConfigError, ShapeError
 
 HELP = "convert a checkpoint to packed ternary weights"
@@ -49,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how the exponent of one plane is chosen; more planes always use least_squares (the default)",
     )
     parser.add_argument(
+        "--activation",
+        choices=get_args(Activation),
+        default="float",
+        help="how layers multiply their input: as it comes, or rounded to int8 a token, for models trained so (BitNet)",
+    )
+    parser.add_argument(
         "--include", action="append", metavar="PAT", help="convert only layers whose names match (repeatable)"
     )
     parser.add_argument(
@@ -70,7 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
     """Run the verb."""
     try:
-        config = TernaryConfig(planes=arguments.planes, group_size=arguments.group_size, init=arguments.init)
+        config = TernaryConfig(
+            planes=arguments.planes,
+            group_size=arguments.group_size,
+            init=arguments.init,
+            activation=arguments.activation,
+        )
     except ShapeError as error:
         # Here a wrong group size is a wrong call.
         raise ConfigError(f"--group-size: {error}") from None

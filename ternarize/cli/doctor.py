@@ -135,8 +135,7 @@ def check_backend(backend: str, device: torch.device) -> dict[str, str]:
         if not available:
             return {"status": "unavailable", "reason": why}
         try:
-            given = ops.with_status(backend, args) if stem == "linear" else args
-            result = _tensors(ops.lowered(stem, backend)(*given)) + mutated
+            result = _tensors(ops.lowered(stem, backend)(*ops.with_status(stem, backend, args))) + mutated
         except Exception as error:  # whatever a kernel's compiler raises is the finding
             return {"status": "FAIL", "reason": f"{stem}: {type(error).__name__}: {error}"}
         reference_args, reference_mutated = _small_call(stem, device)

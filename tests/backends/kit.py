@@ -72,7 +72,26 @@ def linear(backend: str, x: Tensor, layers: list[Weights], group_size: int) -> l
         [w.bias_exponent for w in layers],
         group_size,
     )
-    outputs: list[Tensor] = ops.lowered("linear", backend)(*ops.with_status(backend, arguments))
+    outputs: list[Tensor] = ops.lowered("linear", backend)(*ops.with_status("linear", backend, arguments))
+    return outputs
+
+
+def linear_int8(
+    backend: str, q: Tensor, scale: Tensor, layers: list[Weights], group_size: int, dtype: torch.dtype
+) -> list[Tensor]:
+    """The lowered op of a backend."""
+    arguments = (
+        q,
+        scale,
+        [w.T_packed for w in layers],
+        [w.E for w in layers],
+        [w.E_mantissa for w in layers],
+        [w.bias for w in layers],
+        [w.bias_exponent for w in layers],
+        group_size,
+        dtype,
+    )
+    outputs: list[Tensor] = ops.lowered("linear_int8", backend)(*ops.with_status("linear_int8", backend, arguments))
     return outputs
 
 

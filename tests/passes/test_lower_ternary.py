@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 from ternarize.errors import KernelError, TernarizeError
 from ternarize.layer import TernaryLinear
+from ternarize.passes import lower_ternary
 from ternarize.passes.lower_ternary import LowerTernaryPass
 
 MakeLayer = Callable[..., TernaryLinear]
@@ -64,7 +65,58 @@ def test_a_dense_graph_stays_as_it_is(compile_fresh: Callable[..., Any], lowered
 def test_an_op_that_cannot_be_lowered_is_an_error(monkeypatch: pytest.MonkeyPatch, make_layer: MakeLayer) -> None:
     graph = fx.Graph()
     op = torch.ops.ternarize.linear.default
-    graph.output(graph.call_function(op, (graph.placeholder("x"), [], [], [], [], [], [], 32, True)))
+    graph.output(graph.call_function(op, (graph.placeholder("x"), [], [], [], [], [], [], 32, "float", True)))
     monkeypatch.setattr("ternarize.passes.lower_ternary.LOWERED", ())
     with pytest.raises(TernarizeError, match="were not lowered"):
         LowerTernaryPass("inference", "torch")(graph)
+
+
+class Gated(nn.Module):
+    """A norm, then layers that share its output and must share its quantiser, then one on their product."""
+
+    def __init__(self, make_layer: MakeLayer, **options: Any) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(32)
+        self.gate, self.up = make_layer(32, 48, **options), make_layer(32, 48, **options)
+        self.down = make_layer(48, 32, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        y: Tensor = self.down(nn.functional.silu(self.gate(h)) * self.up(h))
+        return y
+
+
+def test_int8_numbers_equal_eager(make_layer: MakeLayer, compile_fresh: Callable[..., Any]) -> None:
+    model = Gated(make_layer, activation="int8")
+    compiled = compile_fresh(model, dynamic=True)
+    with torch.no_grad():
+        for tokens in (3, 7):
+            x = torch.randn(2, tokens, 32)
+            torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_int8_trains_as_eager_does(make_layer: MakeLayer, assert_trains_equal: Callable[..., None]) -> None:
+    assert_trains_equal(Gated(make_layer, activation="int8"), torch.randn(5, 32))
+
+
+def test_int8_is_the_quantiser_once_a_shared_input_and_an_op(
+    make_layer: MakeLayer, compile_fresh: Callable[..., Any], lowered_graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantised = []
+    original = lower_ternary._write_quantizer
+    monkeypatch.setattr(lower_ternary, "_write_quantizer", lambda *a: quantised.append(a) or original(*a))
+    with torch.no_grad():
+        compile_fresh(Gated(make_layer, activation="int8"))(torch.randn(5, 32))
+    assert lowered_graphs == [Counter(linear_int8_torch=2)]
+    assert len(quantised) == 2
+
+
+def test_layers_of_different_activations_stay_apart(
+    make_layer: MakeLayer, compile_fresh: Callable[..., Any], lowered_graphs: Graphs
+) -> None:
+    model = Gated(make_layer)
+    model.up = make_layer(32, 48, activation="int8")
+    x = torch.randn(5, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(compile_fresh(model)(x), model(x))
+    assert lowered_graphs == [Counter(linear_torch=2, linear_int8_torch=1)]

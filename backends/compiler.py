@@ -97,11 +97,12 @@ def _record_choices(graph_module: fx.GraphModule, layers: Layers, phase: Phase, 
 def _start_kernels(graph_module: fx.GraphModule, phase: Phase, policy: Kernels) -> None:
     """Have the TileLang kernels of all calls compiled side by side, while Inductor compiles the rest of the graph."""
     for node, _ in layer_calls(graph_module.graph):
-        if choose_node(node, phase, policy).backend == "tilelang":
+        stem, values = lowered_values(node)
+        if stem == "linear" and choose_node(node, phase, policy).backend == "tilelang":
             # TileLang takes a second to import.
             from ternarize.backends.tilelang.linear import prepare
 
-            _, (x, T_packed, _, E_mantissa, bias, _, group_size) = lowered_values(node)
+            x, T_packed, _, E_mantissa, bias, _, group_size = values
             prepare(x, T_packed, E_mantissa, bias, group_size, guarded=bool(guarded_by(node)))
 
 

@@ -58,12 +58,13 @@ def calls_of_model(model: nn.Module) -> list[Call]:
         model: with ternary layers; moved to the meta device, in bfloat16, which some kernels of PyTorch need.
     """
     # The inputs are kept: a tensor that is freed leaves its id to another.
-    calls: dict[tuple[int, int, int], tuple[Tensor, list[PackedLayer]]] = {}
+    calls: dict[tuple[int, int, int, str], tuple[Tensor, list[PackedLayer]]] = {}
 
     def note(layer: nn.Module, args: tuple[Any, ...]) -> None:
         if isinstance(layer, TernaryLinear):
             x = args[0]
-            calls.setdefault((id(x), x._version, layer.group_size), (x, []))[1].append(PackedLayer.of(layer))
+            key = (id(x), x._version, layer.group_size, layer.activation)
+            calls.setdefault(key, (x, []))[1].append(PackedLayer.of(layer))
 
     layers = [layer for _, layer in ternary_layers(model.to("meta", torch.bfloat16))]
     hooks = [layer.register_forward_pre_hook(note) for layer in layers]

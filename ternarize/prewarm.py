@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ternarize import ops
+from ternarize.activation import quantize_activation
 from ternarize.backends.compiler import checks_finite
 from ternarize.backends.select import Choice, Facts, choose
 from ternarize.calls import Call
@@ -65,9 +66,10 @@ def plan_call(
         group_size=first.group_size,
         mantissa=any(layer.mantissa is not None for layer in call),
     )
-    choice = choose("linear", "inference", facts, policy)
+    stem = ops.LINEAR_STEM[first.activation]
+    choice = choose(stem, "inference", facts, policy)
     programs: dict[Program, list[int]] = {}
-    if choice.backend == "tilelang":
+    if choice.backend == "tilelang" and stem == "linear":
         from ternarize.backends.tilelang.linear import layer_shapes, program_for
 
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -116,12 +118,14 @@ def warm_triton(call: Call, tokens: Iterable[int], dtype: torch.dtype) -> int:
     """
     kinds = {(M == 1, M % 16 == 0, (M - 1).bit_length()): M for M in tokens}
     layers = [layer.empty(device="cuda") for layer in call]
-    columns: list[Any] = [
-        list(column)
-        for column in zip(*((w.T_packed, w.E, w.E_mantissa, w.bias, w.bias_exponent) for w in layers), strict=True)
-    ]
+    stem = ops.LINEAR_STEM[layers[0].activation]
+    tensors = ((w.T_packed, w.E, w.E_mantissa, w.bias, w.bias_exponent) for w in layers)
+    columns: list[Any] = [list(column) for column in zip(*tensors, strict=True)]
     for M in kinds.values():
         x = torch.zeros(M, layers[0].in_features, dtype=dtype, device="cuda")
-        ops.lowered("linear", "triton")(x, *columns, layers[0].group_size)
+        if stem == "linear":
+            ops.lowered(stem, "triton")(x, *columns, layers[0].group_size)
+        else:
+            ops.lowered(stem, "triton")(*quantize_activation(x), *columns, layers[0].group_size, dtype)
     torch.cuda.synchronize()
     return len(kinds)

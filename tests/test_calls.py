@@ -32,8 +32,9 @@ def test_calls_are_those_that_a_compiled_graph_makes() -> None:
     def note(graph_module: fx.GraphModule, _: Any) -> Any:
         run_on_dynamo_graph(graph_module)
         for node, _ in layer_calls(graph_module.graph):
-            packed = [argument.meta["example_value"] for argument in node.args[1]]
-            seen.append([(p.shape[-2], 4 * p.shape[-1]) for p in packed])
+            packed: Any = node.args[1]
+            values = [argument.meta["example_value"] for argument in packed]
+            seen.append([(value.shape[-2], 4 * value.shape[-1]) for value in values])
         return graph_module.forward
 
     torch._dynamo.reset()

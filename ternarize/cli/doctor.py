@@ -60,7 +60,7 @@ def run(_: argparse.Namespace, output: Output) -> dict[str, Any]:
 def _caches() -> dict[str, dict[str, Any]]:
     from torch._inductor.runtime.cache_dir_utils import cache_dir as inductor_dir
 
-    folders = {
+    folders: dict[str, str | Path] = {
         "inductor": inductor_dir(),
         "triton": os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache"),
         "tilelang": os.environ.get("TILELANG_CACHE_DIR", "~/.tilelang/cache"),

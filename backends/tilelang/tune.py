@@ -13,7 +13,8 @@ from ternarize import ops
 from ternarize.backends.tilelang.build import Kernel, Program, start
 from ternarize.backends.tilelang.layers import Dtype, LayerShape
 from ternarize.backends.tilelang.linear import heuristic_tile
-from ternarize.backends.tilelang.linear_wgmma import Tile
+from ternarize.backends.tilelang.linear_decode import choose_decode_tile
+from ternarize.backends.tilelang.linear_wgmma import choose_wgmma_tile
 from ternarize.backends.tilelang.tuned import MOST_TOKENS, AnyTile, Key, bucket
 from ternarize.bench.contenders import EXPONENTS, TOLERANCE
 from ternarize.bench.linear import sample_rows
@@ -46,19 +47,11 @@ class Tuned:
 
 
 def candidates(M: int, layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype) -> list[AnyTile]:
-    """Tiles for M tokens, the heuristic's first.
-
-    Those that the heuristic has for these layers at any number of tokens, each with K split in every way that leaves
-    whole steps.
-    """
-    first = heuristic_tile(M, layers, K, g, dtype)
-    found: dict[AnyTile, None] = {first: None}
-    for tile in {heuristic_tile(1 << power, layers, K, g, dtype): None for power in range(MOST_TOKENS.bit_length())}:
-        if isinstance(tile, Tile):
-            found |= {dataclasses.replace(tile, split=split): None for split in (1, 2, 4, 8) if K // g % split == 0}
-        elif tile.TOKENS >= M:
-            found[tile] = None
-    return list(found)
+    """Tiles for M tokens, the heuristic's first: what it has for these layers at any number of tokens."""
+    counts = [1 << power for power in range(MOST_TOKENS.bit_length())]
+    decode = [choose_decode_tile(count, layers, K, g, dtype) for count in counts if count >= M]
+    wgmma = [choose_wgmma_tile(count, layers, K, g, dtype) for count in counts]
+    return list(dict.fromkeys(tile for tile in (heuristic_tile(M, layers, K, g, dtype), *decode, *wgmma) if tile))
 
 
 def tuning_programs(program: Program, tokens: Iterable[int]) -> dict[int, list[Program]]:

@@ -121,8 +121,8 @@ def _from_json(entry: dict[str, Any]) -> tuple[Key, AnyTile]:
     layers = tuple(LayerShape(**layer) for layer in entry["layers"])
     key = Key(layers=layers, **{name: entry[name] for name in ("K", "g", "dtype", "tokens")})
     sizes = entry["tile"]
-    if not all(type(size) is int and size > 0 for size in sizes.values()):
-        raise ValueError("a size is no positive integer")
+    if not all(type(size) is int and size >= 0 for size in sizes.values()):
+        raise ValueError("a size is no natural number")
     return key, _TILES[entry["program"]](**sizes)
 
 

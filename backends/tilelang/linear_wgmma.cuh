@@ -84,15 +84,6 @@ __device__ __forceinline__ void stores_read() {
 // What ordinary stores wrote to shared memory can be read by TMA, after a barrier among the threads that wrote.
 __device__ __forceinline__ void fence_for_tma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-__device__ __forceinline__ void copy_word(void* to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
-}
-
-// Arrives when the thread's copies so far have.
-__device__ __forceinline__ void arrive_after_copies(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -236,6 +227,37 @@ __device__ __forceinline__ void decode(const uint32_t (&words)[PLANES], const ui
   }
 }
 
+// The exponents of four groups of a row, from a multiple of four on, loaded four groups before they are needed. Rows need
+// not start at a whole word.
+template <int G>
+struct Exponents {
+  static constexpr bool ALIGNED = G % 4 == 0;
+  uint32_t window, low, next;
+  uint32_t first;
+
+  __device__ __forceinline__ uint32_t load(const int8_t* E, uint32_t N, uint32_t place) const {
+    return __ldg(reinterpret_cast<const uint32_t*>(E) + min(place / 4, (N * G - 1) / 4));
+  }
+  __device__ __forceinline__ void start(const int8_t* E, uint32_t N, uint32_t row, uint32_t group) {
+    first = min(row, N - 1) * G;
+    const uint32_t place = first + group / 4 * 4;
+    window = load(E, N, place);
+    next = load(E, N, place + 4);
+    if (!ALIGNED) {
+      window = __funnelshift_r(window, next, first % 4 * 8);
+      low = next;
+      next = load(E, N, place + 8);
+    }
+  }
+  // To the four groups from ``group`` on.
+  __device__ __forceinline__ void advance(const int8_t* E, uint32_t N, uint32_t group) {
+    window = ALIGNED ? next : __funnelshift_r(low, next, first % 4 * 8);
+    low = next;
+    next = load(E, N, first + group + (ALIGNED ? 4 : 8));
+  }
+  __device__ __forceinline__ int at(uint32_t group) const { return static_cast<int>(window << (24 - group % 4 * 8)) >> 24; }
+};
+
 // The kernel.
 
 // OPERAND: BFloat16 or Float16. GROUP: 32, 64, or 128 for all larger ones. g: weights a group. SLICE: columns of x a
@@ -257,7 +279,6 @@ __device__ __forceinline__ void linear_wgmma(const CUtensorMap& x, int M, void* 
   static_assert(SLICE == 32 || (g <= 128 && TAIL == 0));
 
   constexpr int X_BYTES = BLOCK_M * 256, PACKED_BYTES = PLANES * BLOCK_N * 32;
-  constexpr int EXPONENT_WORDS = GROUP == 128 ? 1 : 2;
   constexpr int UNITS = ROW_TILES * BLOCK_M / 8;  // of 8 tokens and 64 outputs a warpgroup: 4 sums a thread
   constexpr int CHUNK = UNITS / CLUSTER % 4 == 0 && BLOCK_M % 32 == 0 ? 4 : UNITS / CLUSTER % 2 == 0 && BLOCK_M % 16 == 0 ? 2 : 1;
   constexpr int STORE_BYTES = CHUNK * 8 * 128;
@@ -266,10 +287,9 @@ __device__ __forceinline__ void linear_wgmma(const CUtensorMap& x, int M, void* 
   uint8_t* const s_x = static_cast<uint8_t*>(shared);
   uint8_t* const s_y = s_x + STAGES * X_BYTES;  // [warpgroup][2]
   uint8_t* const s_packed = s_y + WARPGROUPS * 2 * STORE_BYTES;
-  uint32_t* const s_E = reinterpret_cast<uint32_t*>(s_packed + STAGES * PACKED_BYTES);
-  uint64_t* const full = reinterpret_cast<uint64_t*>(s_E + STAGES * BLOCK_N * EXPONENT_WORDS);
+  uint64_t* const full = reinterpret_cast<uint64_t*>(s_packed + STAGES * PACKED_BYTES);
   uint64_t* const empty = full + STAGES;
-  constexpr int USED = STAGES * (X_BYTES + PACKED_BYTES + BLOCK_N * EXPONENT_WORDS * 4 + 16) + WARPGROUPS * 2 * STORE_BYTES;
+  constexpr int USED = STAGES * (X_BYTES + PACKED_BYTES + 16) + WARPGROUPS * 2 * STORE_BYTES;
   static_assert(USED <= SHARED_BYTES);
   // The sums of a tile that is split, once its stages are free: [rank][unit][thread].
   float4* const s_parts = static_cast<float4*>(shared);
@@ -282,7 +302,7 @@ __device__ __forceinline__ void linear_wgmma(const CUtensorMap& x, int M, void* 
   let_next_kernel_start();
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
-      barrier_init(full + i, 1 + 32);
+      barrier_init(full + i, 1);
       barrier_init(empty + i, 4 * WARPGROUPS);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -329,9 +349,11 @@ __device__ __forceinline__ void linear_wgmma(const CUtensorMap& x, int M, void* 
   };
 
   // Of a thread that computes and of one that loads; together no more than all have at launch, 168, 128 or 96 each.
-  constexpr int REGISTERS = WARPGROUPS == 2 ? 240 : WARPGROUPS == 3 ? 160 : 112;
-  constexpr int LOADER_REGISTERS = WARPGROUPS == 2 ? 24 : 32;
+  constexpr int REGISTERS = WARPGROUPS == 2 ? 232 : WARPGROUPS == 3 ? 160 : 112;
+  constexpr int LOADER_REGISTERS = WARPGROUPS == 2 ? 40 : 32;
   static_assert(WARPGROUPS >= 2 && WARPGROUPS <= 4);
+
+  auto group_of = [](int step) { return GROUP == 128 ? step / STEPS_PER_GROUP : step * (128 / GROUP); };
 
   int stage = 0;
   uint32_t phase = 0;
@@ -382,22 +404,6 @@ __device__ __forceinline__ void linear_wgmma(const CUtensorMap& x, int M, void* 
           load_packed(step);
           load_x(step);
         }
-      } else if (warp == 1) {
-        for (int step = work.first; step < work.last; ++step, advance()) {
-          barrier_wait(empty + stage, phase ^ 1);
-          const int group = GROUP == 128 ? step / STEPS_PER_GROUP : step * (128 / GROUP);
-          const int last_word = (work.layer.N * G - 1) / 4;
-#pragma unroll
-          for (int i = 0; i < BLOCK_N / 32; ++i) {
-            const int row = i * 32 + lane;
-            const int word = (min(work.n0 + row, work.layer.N - 1) * G + group) / 4;
-#pragma unroll
-            for (int w = 0; w < EXPONENT_WORDS; ++w)
-              copy_word(s_E + (stage * BLOCK_N + row) * EXPONENT_WORDS + w,
-                        work.layer.E + 4 * static_cast<int64_t>(min(word + w, last_word)));
-          }
-          arrive_after_copies(full + stage);
-        }
       }
       __syncwarp();
       if (work.split && CLUSTER > 1) {
@@ -423,21 +429,25 @@ __device__ __forceinline__ void linear_wgmma(const CUtensorMap& x, int M, void* 
     for (int t = 0; t < ROW_TILES; ++t)
 #pragma unroll
       for (int i = 0; i < BLOCK_M / 2; ++i) sums[t][i] = 0;
-    // Where in its word the exponent of a row lies.
-    uint32_t offset[ROW_TILES][2];
+    Exponents<G> exponents[ROW_TILES][2];
 #pragma unroll
     for (int t = 0; t < ROW_TILES; ++t)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        offset[t][half] = min(work.n0 + row0 + t * 64 + half * 8, work.layer.N - 1) * G;
+        exponents[t][half].start(work.layer.E, work.layer.N, work.n0 + row0 + t * 64 + half * 8, group_of(work.first));
 
     int previous = -1;
     for (int step = work.first; step < work.last; ++step, advance()) {
       barrier_wait(full + stage, phase);
       const uint8_t* const packed = s_packed + stage * PACKED_BYTES + row0 * 32 + lane % 4 * 2;
-      const uint32_t* const exponents = s_E + (stage * BLOCK_N + row0) * EXPONENT_WORDS;
-      const int group = GROUP == 128 ? step / STEPS_PER_GROUP : step * (128 / GROUP);
-      uint32_t words[ROW_TILES][2][2][PLANES], window[ROW_TILES][2];
+      const uint32_t group = group_of(step);
+      if (group % 4 == 0 && step % STEPS_PER_GROUP == 0 && step > work.first) {
+#pragma unroll
+        for (int t = 0; t < ROW_TILES; ++t)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) exponents[t][half].advance(work.layer.E, work.layer.N, group);
+      }
+      uint32_t words[ROW_TILES][2][2][PLANES];
 #pragma unroll
       for (int t = 0; t < ROW_TILES; ++t)
 #pragma unroll
@@ -451,9 +461,6 @@ __device__ __forceinline__ void linear_wgmma(const CUtensorMap& x, int M, void* 
               words[t][half][i][p] = __byte_perm(*reinterpret_cast<const uint16_t*>(bytes),
                                                  *reinterpret_cast<const uint16_t*>(bytes + 8), 0x1504);
             }
-          const uint32_t shift = (offset[t][half] + group) % 4 * 8;
-          const uint32_t* const word = exponents + r * EXPONENT_WORDS;
-          window[t][half] = EXPONENT_WORDS == 1 ? word[0] >> shift : __funnelshift_r(word[0], word[1], shift);
         }
 
       // K-major, rows of SLICE columns swizzled by their size; 8 rows from one to the next core matrix.
@@ -475,9 +482,8 @@ __device__ __forceinline__ void linear_wgmma(const CUtensorMap& x, int M, void* 
 #pragma unroll
             for (int pair = 0; pair < 2; ++pair) {
               const int index = GROUP == 128 ? 0 : GROUP == 64 ? i : 2 * i + pair;
-              const int E = static_cast<int>(window[t][half] << (24 - 8 * index)) >> 24;
               // The bits of 2^(E - 1). At E = -126 it is 2^-127, which is subnormal.
-              scale[pair] = static_cast<uint32_t>(max((E + 126) << 7, 0x0040)) * 0x00010001u;
+              scale[pair] = static_cast<uint32_t>(max((exponents[t][half].at(group + index) + 126) << 7, 0x0040)) * 0x00010001u;
             }
             decode<Operand, GROUP, PLANES, SCALED>(words[t][half][i], scale, half, a + part * 16);
           }

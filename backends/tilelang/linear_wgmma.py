@@ -10,7 +10,7 @@ from typing import Any
 
 import tilelang.language as T
 
-from ternarize.backends.tilelang.hopper import MULTIPROCESSORS
+from ternarize.backends.tilelang.hopper import CLUSTERS
 from ternarize.backends.tilelang.layers import Dtype, LayerShape, call_arguments
 
 SOURCE = Path(__file__).with_name("linear_wgmma.cuh").read_text()
@@ -48,10 +48,9 @@ class Tile:
         units = self.ROW_TILES * self.BLOCK_M // 8 // self.CLUSTER
         return 8 * math.gcd(4, units, self.BLOCK_M // 8)
 
-    def shared_bytes(self, g: int, planes: int) -> int:
+    def shared_bytes(self, planes: int) -> int:
         """Shared memory of a block."""
-        exponents = 4 if g >= 128 else 8
-        stage = self.BLOCK_M * 256 + self.BLOCK_N * (32 * planes + exponents) + 16
+        stage = self.BLOCK_M * 256 + self.BLOCK_N * 32 * planes + 16
         return self.STAGES * stage + self.WARPGROUPS * 2 * self.store_tokens * 128
 
 
@@ -103,11 +102,11 @@ def wgmma_program(
         A TileLang prim_func of the arguments of `ternarize.backends.tilelang.layers.call_arguments`.
     """
     planes = layers[0].planes
-    shared_bytes = tile.shared_bytes(g, planes)
+    shared_bytes = tile.shared_bytes(planes)
     parameters = (K, g, planes, tile.BLOCK_M, tile.ROW_TILES, tile.WARPGROUPS, tile.STAGES, tile.CLUSTER, tile.SLICE)
     operand = {"bfloat16": "ternarize::BFloat16", "float16": "ternarize::Float16"}[dtype]
     function = f"ternarize::linear_wgmma<{operand}, {', '.join(map(str, parameters))}, {shared_bytes}>"
-    blocks = MULTIPROCESSORS // tile.CLUSTER * tile.CLUSTER
+    blocks = CLUSTERS[tile.CLUSTER] * tile.CLUSTER
     packed_box = (tile.BLOCK_N, 32) if planes == 1 else (planes, tile.BLOCK_N, 32)
 
     def layer_argument(buffers):

@@ -24,108 +24,14 @@
 // Work. A thread block cluster owns consecutive row blocks. K is split over its blocks, and within a block over its
 // K_WARPS, each of which keeps its accumulators until its part of K is summed and leaves them in the shared memory of
 // the block that will add the parts, in an order that does not depend on time: results are the same bits every run.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <stdint.h>
 
 #include <type_traits>
 
 namespace ternarize {
 
-// Primitives.
-
-// 16 bytes, of which the first ``bytes`` are read and the rest are zeros: past L1, and with their neighbours into L2.
-__device__ __forceinline__ void copy_16_async(void* to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(from), "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void copy_4_async(void* to, const void* from, int bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(from), "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until all but the last COMMITS groups of this lane's copies have arrived.
-template <int COMMITS>
-__device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(COMMITS) : "memory");
-}
-
-// Activations are read by every block, and not before wait_for_previous_kernel: volatile, and not as constants, which a
-// compiler may read earlier.
-__device__ __forceinline__ uint2 load_activations(const void* address) {
-  uint2 value;
-  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(address) : "memory");
-  return value;
-}
-
-// d += A · B, with A [16, 16] and B [16, 8] in bfloat16 or float16 and d [16, 8] in float32.
-template <typename Float>
-__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<Float, __half>)
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-// d += A · B, with A [16, 32] and B [32, 8] in int8 and d [16, 8] in int32.
-__device__ __forceinline__ void mma(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// 3 a + b of two 16-bit floats.
-template <typename Float>
-__device__ __forceinline__ uint32_t three_times_plus(uint32_t a, uint32_t b) {
-  if constexpr (std::is_same_v<Float, __half>)
-    asm("fma.rn.f16x2 %0, %0, %1, %2;" : "+r"(a) : "r"(0x42004200u), "r"(b));
-  else
-    asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(a) : "r"(0x40404040u), "r"(b));
-  return a;
-}
-
-template <typename Float>
-__device__ __forceinline__ Float rounded(float value) {
-  if constexpr (std::is_same_v<Float, __half>)
-    return __float2half(value);
-  else
-    return __float2bfloat16(value);
-}
-
-// Stores to the same variable of another block of the cluster.
-__device__ __forceinline__ void store_to_rank(float* variable, int rank, float value) {
-  uint32_t address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;"
-      : "=r"(address)
-      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(variable))), "r"(rank));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
-}
-
-// The first says only that the block runs, so that others may write to its shared memory: nothing to release.
-__device__ __forceinline__ void cluster_started() { asm volatile("barrier.cluster.arrive.relaxed.aligned;"); }
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-
-// Programmatic dependent launch; no effect if the launch does not ask for it.
-__device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;"); }
-__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
-// The kernel.
-
-constexpr int CHUNK = 128;     // weights
-constexpr int CHUNKS = 4;      // of a step
+constexpr int CHUNK = 128;       // weights
+constexpr int CHUNKS = 4;        // of a step
 constexpr int LINE_BYTES = 128;  // of a row and a step
 
 // 2^exponent for exponents from -126 to 127.
@@ -193,7 +99,7 @@ struct GroupValues {
 // multiple of 64. ``shared``: DecodeTile.shared_bytes (linear_decode.py).
 //
 // Float: __nv_bfloat16 or __half. TOKENS: 1, 2, 4, 8 or 16. DIGITS: 0, or 2 or 4 for groups of 128 and more of one
-// trit plane in bfloat16. TILES: mma tiles of 16 rows in a row block. STAGES, WARPS, K_WARPS, CLUSTER: above. CLUSTERS:
+// trit plane. TILES: mma tiles of 16 rows in a row block. STAGES, WARPS, K_WARPS, CLUSTER: above. CLUSTERS:
 // how many clusters there are. GROUP: 64, a multiple of 128, or K. MANTISSA_BYTES: of an E_mantissa, or 0.
 template <typename Float, int TOKENS, int DIGITS, int TILES, int STAGES, int WARPS, int K_WARPS, int CLUSTER,
           int CLUSTERS, int K, int GROUP, int PLANES, int MANTISSA_BYTES, bool GUARDED, typename... Layers>
@@ -336,20 +242,23 @@ __device__ __forceinline__ void linear_decode(const void* x, void* shared, int M
       const int m = i % TOKENS, chunk = i / TOKENS;
       const int plane = lane / 8, byte = lane % 8 * 4;
       const uint2 v = x_bits(m, block_step * CHUNKS + chunk, plane, byte);
-      const uint32_t bits[4] = {v.x & 0xFFFF, v.x >> 16, v.y & 0xFFFF, v.y >> 16};
+      uint32_t bits[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) bits[k] = float_bits<Float>((k < 2 ? v.x : v.y) >> (16 * (k % 2)));
       uint32_t largest = 1;
 #pragma unroll
-      for (int k = 0; k < 4; ++k) largest = max(largest, bits[k] >> 7 & 0xFF);
+      for (int k = 0; k < 4; ++k) largest = max(largest, bits[k] >> 23 & 0xFF);
       largest = __reduce_max_sync(0xFFFFFFFF, largest);
       uint32_t words[DIGITS] = {};
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const uint32_t exponent = bits[k] >> 7 & 0xFF;
-        const int significand = (bits[k] & 0x7F) + (exponent != 0 ? 0x80 : 0);
-        // Fixed point, the largest exponent's leading bit at 7 DIGITS - 2.
-        const int shift = 7 * DIGITS - 9 - static_cast<int>(largest - max(exponent, 1u));
-        int value = shift >= 0 ? significand << shift : (significand + (1 << min(-shift, 12) >> 1)) >> min(-shift, 12);
-        if (bits[k] & 0x8000) value = -value;
+        const uint32_t exponent = bits[k] >> 23 & 0xFF;
+        const int significand = (bits[k] & 0x7FFFFF) + (exponent != 0 ? 0x800000 : 0);
+        // Fixed point, the leading bit of the largest exponent at 7 DIGITS - 2.
+        const int shift = 7 * DIGITS - 25 - static_cast<int>(largest - max(exponent, 1u));
+        const int right = min(max(-shift, 0), 30);
+        int value = shift >= 0 ? significand << shift : (significand + (1 << right >> 1)) >> right;
+        if (bits[k] >> 31) value = -value;
 #pragma unroll
         for (int digit = DIGITS - 1; digit >= 0; --digit) {
           const int rest = digit == 0 ? 0 : (value + 64) >> 7;

@@ -3,6 +3,7 @@
 """The program of `ternarize.backends.tilelang.linear` for a few tokens: linear_decode.cuh, hosted by TileLang."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ STEP = 512
 #: Most tokens of a call.
 MOST_TOKENS = 16
 
-SOURCE = "".join(Path(__file__).with_name(name).read_text() for name in ("guard.cuh", "linear_decode.cuh"))
+SOURCE = "".join(
+    Path(__file__).with_name(name).read_text() for name in ("guard.cuh", "hopper.cuh", "linear_decode.cuh")
+)
 
 _MANTISSA_BYTES = {None: 0, "uint8": 1, "int16": 2, "int32": 4}
 
@@ -76,6 +79,22 @@ def _ring_bytes(value_bytes: int, K: int, g: int) -> int:
     return 4 * (per_chunk * value_bytes if aligned else (4 * per_chunk * value_bytes + 7 - value_bytes) // 4)
 
 
+def decode_function(
+    layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, *, guarded: bool, tile: DecodeTile
+) -> str:
+    """The instance of linear_decode.cuh for a call; arguments as of `decode_program`."""
+    parameters = (
+        "__nv_bfloat16" if dtype == "bfloat16" else "__half",
+        *dataclasses.astuple(tile)[:-1],
+        K,
+        g,
+        layers[0].planes,
+        _MANTISSA_BYTES[layers[0].mantissa],
+        str(guarded).lower(),
+    )
+    return f"ternarize::linear_decode<{', '.join(map(str, parameters))}>"
+
+
 def decode_program(
     layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, *, guarded: bool, tile: DecodeTile
 ) -> Any:
@@ -92,16 +111,7 @@ def decode_program(
     Returns:
         A TileLang prim_func of the arguments of `ternarize.backends.tilelang.layers.call_arguments`.
     """
-    parameters = (
-        *dataclasses.astuple(tile)[:-1],
-        K,
-        g,
-        layers[0].planes,
-        _MANTISSA_BYTES[layers[0].mantissa],
-        str(guarded).lower(),
-    )
-    float_type = "__nv_bfloat16" if dtype == "bfloat16" else "__half"
-    function = f"ternarize::linear_decode<{float_type}, {', '.join(map(str, parameters))}>"
+    function = decode_function(layers, K, g, dtype, guarded=guarded, tile=tile)
     shared_bytes = tile.shared_bytes(layers, K, g)
 
     def pointer(buffer: Any, access: str) -> Any:
@@ -157,29 +167,25 @@ def choose_decode_tile(M: int, layers: tuple[LayerShape, ...], K: int, g: int, d
     ):
         return None
     tokens = next(tokens for tokens in (1, 2, 4, 8, 16) if tokens >= M)
-    for warps, blocks_per_multiprocessor, cluster, stages in (
-        (16, 1, 1, 4),
-        (16, 1, 2, 4),
-        (16, 1, 4, 3),
-        (16, 1, 8, 2),
-        (16, 1, 8, 1),
-    ):
+    # Copies far ahead before few blocks to share x.
+    for stages, cluster in itertools.product((4, 2, 1), (1, 2, 4, 8)):
         tile = _shared_out(
             DecodeTile(
                 TOKENS=tokens,
                 DIGITS=0,
                 TILES=1,
                 STAGES=stages,
-                WARPS=warps,
+                # Several planes of 16 rows take more registers than 16 warps have.
+                WARPS=16 if first.planes == 1 else 8,
                 K_WARPS=1,
                 CLUSTER=cluster,
                 CLUSTERS=1,
-                blocks_per_multiprocessor=blocks_per_multiprocessor,
+                blocks_per_multiprocessor=1,
             ),
             layers,
             K,
         )
-        if tile is not None and tile.shared_bytes(layers, K, g) <= SHARED_BYTES // blocks_per_multiprocessor:
+        if tile is not None and tile.shared_bytes(layers, K, g) <= SHARED_BYTES:
             return tile
     return None
 

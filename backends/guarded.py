@@ -155,7 +155,7 @@ class _Trial(TorchDispatchMode):
     """
 
     def __init__(self, suspects: dict[int, TernaryLinear]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
         self._suspects = suspects
         self.guilty: list[TernaryLinear] = []
         #: Of x in the first call of a guilty layer.

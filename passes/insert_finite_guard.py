@@ -122,7 +122,8 @@ class GuardOutputPass(GraphPass):
         assert owner is not None
         owner.register_buffer(name, flags)
         # Dynamo says of every tensor that it leaves in a module where it found it, and AOTAutograd asks for it.
-        owner._param_name_to_source[name] = LocalSource(name)  # type: ignore[index,operator]
+        sources: Any = owner._param_name_to_source
+        sources[name] = LocalSource(name)
         with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
             node = graph.get_attr(name)
         fake = statuses[0].meta["example_value"].fake_mode.from_tensor(flags, static_shapes=True)

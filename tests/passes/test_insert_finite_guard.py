@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 from ternarize import guard
 from ternarize.backends import select
 from ternarize.backends.tilelang import linear as tilelang_linear
-from ternarize.backends.torch import linear as torch_linear
 from ternarize.backends.torch.update import NONFINITE_LOSS, NONFINITE_OUTPUT
 from ternarize.errors import NonFiniteError
 from ternarize.layer import TernaryLinear, ternary_layers
@@ -86,7 +85,7 @@ class FakeTileLang:
     def __call__(self, *args: Any) -> list[Tensor]:
         *given, status, group_size = args
         self.calls += 1
-        outputs = torch_linear.linear(*given, group_size)
+        outputs: list[Tensor] = torch.ops.ternarize.linear_torch(*given, group_size)
         for packed, y in zip(given[1], outputs, strict=True):
             if any(packed.data_ptr() == layer.T_packed.data_ptr() for layer in self.broken):
                 y[0].fill_(torch.inf)
@@ -121,6 +120,31 @@ def test_output_of_a_sound_kernel_passes(
         torch.testing.assert_close(compiled(x), block(x))
     assert lowered_graphs == [Counter(linear_tilelang=4)]
     assert fake_tilelang.calls == 4
+
+
+def test_what_kernels_write_to_stays_where_it_is_so_that_cuda_graphs_are_used(
+    block: nn.Module,
+    compile_fresh: Callable[..., Any],
+    fake_tilelang: FakeTileLang,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Inductor records no graph that mutates any other input.
+    from torch._inductor import compile_fx
+
+    seen: list[tuple[set[int], set[int]]] = []
+    original = compile_fx.compile_fx_inner
+
+    def record(graph: Any, inputs: Any, **settings: Any) -> Any:
+        result = original(graph, inputs, **settings)
+        seen.append((set(result.mutated_input_idxs), set(settings["static_input_idxs"])))
+        return result
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", record)
+    with torch.no_grad():
+        compile_fresh(block)(torch.randn(2, 5, 32))
+    ((mutated, static),) = seen
+    assert len(mutated) == 1
+    assert mutated <= static
 
 
 def test_the_kernel_that_writes_inf_is_replaced_and_no_other(

@@ -44,13 +44,16 @@ def verify(stem: str, facts: "Facts") -> tuple[bool, str]:
     """Whether a TileLang kernel can run a call, and why not.
 
     Args:
-        stem: linear, grad_input, update_stage or update_commit.
+        stem: linear, linear_int8, grad_input, update_stage or update_commit.
         facts: of the call.
     """
     K = facts.in_features
     g = facts.group_size if facts.group_size > 0 else K
     for refused, reason in (
-        (stem != "linear", f"there is no TileLang kernel for {stem}, only for linear"),
+        (
+            stem not in ("linear", "linear_int8"),
+            f"there is no TileLang kernel for {stem}, only for linear and linear_int8",
+        ),
         (facts.device != "cuda", f"the tensors are on {facts.device}, need cuda"),
         (
             facts.capability != CAPABILITY,

@@ -1,0 +1,169 @@
+# mypy: disable-error-code="valid-type, untyped-decorator, no-untyped-def"
+# TileLang is untyped, and its kernels are annotated with buffers, which are values.
+"""The program of `ternarize.backends.tilelang.linear_int8` on wgmma, for any number of tokens."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import tilelang.language as T
+
+from ternarize.backends.tilelang.hopper import MULTIPROCESSORS
+from ternarize.backends.tilelang.linear_wgmma import Dtype, Tile
+
+SOURCE = Path(__file__).with_name("linear_int8_wgmma.cuh").read_text()
+
+
+def int8_wgmma_program(N: int, K: int, g: int, dtype: Dtype, *, has_bias: bool, tile: Tile) -> Any:
+    M = T.dynamic("M")
+    BLOCK_M, BLOCK_N, split = tile.BLOCK_M, tile.BLOCK_N, tile.split
+    bytes_per_group = g // 4
+    words = max(1, g // 64)
+    groups = K // g
+    steps = groups // split
+    sums = BLOCK_M // 2
+    decode_group = f"ternarize::decode_group<{g}, {sums}, {N}, {groups}>"
+    y_type = {"bfloat16": "__nv_bfloat16", "float16": "__half"}[dtype]
+    store_sums = f"ternarize::store_sums<{y_type}, {sums}, {N}, {2 * BLOCK_N}, {split}>"
+
+    @T.macro
+    def block(q, scale, T_packed, E, bias, bias_exponent, y):
+        with T.Kernel(
+            split * T.ceildiv(N, BLOCK_N), T.ceildiv(M, BLOCK_M), threads=2 * BLOCK_N, cluster_dims=split
+        ) as (block_n, block_m):
+            T.import_source(SOURCE)
+            T.annotate_min_blocks_per_sm(tile.blocks_per_multiprocessor)
+            if tile.blocks_per_multiprocessor > 1:
+                # Moving registers to the warpgroups that compute takes more of them than the blocks' share.
+                T.no_set_max_nreg()
+            rank = block_n % split
+            n0, m0 = block_n // split * BLOCK_N, block_m * BLOCK_M
+            s_q = T.alloc_shared((BLOCK_M, g), T.int8)
+            s_packed = T.alloc_shared((BLOCK_N, bytes_per_group), T.uint8)
+            packed = T.alloc_local((2, words, 4), T.uint8)
+            weight = T.alloc_fragment((BLOCK_N, g), T.int8)
+            accumulator = T.alloc_fragment((BLOCK_N, BLOCK_M), T.int32)
+            exact = T.alloc_local((sums,), T.float64)
+            state = T.alloc_local((7,), T.int32)
+            # The registers of wgmma's operand A and of its sums: a warp has 16 rows, a quad of its lanes 2 of them.
+            T.annotate_layout(
+                {
+                    weight: T.Fragment(
+                        (BLOCK_N, g),
+                        forward_thread_fn=lambda n, k: n // 16 * 32 + n % 8 * 4 + k % 16 // 4,
+                        forward_index_fn=lambda n, k: k // 32 * 16 + k % 32 // 16 * 8 + n % 16 // 8 * 4 + k % 4,
+                    ),
+                    accumulator: T.Fragment(
+                        (BLOCK_N, BLOCK_M),
+                        forward_thread_fn=lambda n, m: n // 16 * 32 + n % 8 * 4 + m % 8 // 2,
+                        forward_index_fn=lambda n, m: m // 8 * 4 + n % 16 // 8 * 2 + m % 2,
+                    ),
+                }
+            )
+            thread = T.get_thread_binding()
+            row = thread // 32 * 16 + thread % 32 // 4
+            byte0 = thread % (4 if g > 32 else 2) * 4
+
+            T.call_extern(
+                "handle",
+                f"ternarize::start_rows<{sums}, {N}, {groups}, {steps}>",
+                T.access_ptr(accumulator, "w"),
+                T.access_ptr(state, "w"),
+                T.access_ptr(E[0, 0], "r"),
+                n0 + row,
+                rank * steps,
+            )
+            for step in T.Pipelined(steps, num_stages=tile.stages):
+                k = rank * steps + step
+                T.copy(q[m0, k * g], s_q)
+                T.copy(T_packed[n0, k * bytes_per_group], s_packed)
+                for half, i in T.grid(2, words):
+                    for byte in T.vectorized(4):
+                        packed[half, i, byte] = s_packed[row + 8 * half, 16 * i + byte0 + byte]
+                T.call_extern(
+                    "handle",
+                    decode_group,
+                    T.access_ptr(packed, "r"),
+                    T.access_ptr(weight, "w"),
+                    T.access_ptr(accumulator, "rw"),
+                    T.access_ptr(exact, "rw"),
+                    T.access_ptr(state, "rw"),
+                    T.access_ptr(E[0, 0], "r"),
+                    n0 + row,
+                    k,
+                )
+                T.gemm(weight, s_q, accumulator, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
+            s_part = T.alloc_shared((1 if split == 1 else sums * 2 * BLOCK_N,), T.float32)
+            T.call_extern(
+                "handle",
+                store_sums,
+                T.access_ptr(accumulator, "rw"),
+                T.access_ptr(exact, "rw"),
+                T.access_ptr(state, "rw"),
+                T.access_ptr(scale[0], "r"),
+                T.access_ptr(y[0, 0], "w"),
+                T.access_ptr(s_part[0], "rw"),
+                thread,
+                n0 + row,
+                m0,
+                M,
+                rank,
+                *((T.access_ptr(bias[0], "r"), T.access_ptr(bias_exponent[0], "r")) if has_bias else ()),
+            )
+
+    if has_bias:
+
+        @T.prim_func
+        def ternary_linear_int8(
+            q: T.Tensor((M, K), T.int8),
+            scale: T.Tensor((M,), T.float32),
+            T_packed: T.Tensor((N, K // 4), T.uint8),
+            E: T.Tensor((N, K // g), T.int8),
+            bias: T.Tensor((N,), T.int32),
+            bias_exponent: T.Tensor((1,), T.int8),
+            y: T.Tensor((M, N), dtype),
+        ):
+            block(q, scale, T_packed, E, bias, bias_exponent, y)
+
+    else:
+
+        @T.prim_func
+        def ternary_linear_int8(
+            q: T.Tensor((M, K), T.int8),
+            scale: T.Tensor((M,), T.float32),
+            T_packed: T.Tensor((N, K // 4), T.uint8),
+            E: T.Tensor((N, K // g), T.int8),
+            y: T.Tensor((M, N), dtype),
+        ):
+            block(q, scale, T_packed, E, None, None, y)
+
+    return ternary_linear_int8
+
+
+#: A few tokens: reading the weight is most of the time.
+_NARROW = Tile(BLOCK_M=16, BLOCK_N=64, stages=6, blocks_per_multiprocessor=2)
+_MIDDLE = Tile(BLOCK_M=64, BLOCK_N=64, stages=6, blocks_per_multiprocessor=2)
+_WIDE = Tile(BLOCK_M=128, BLOCK_N=128, stages=5)
+_WIDEST = Tile(BLOCK_M=256, BLOCK_N=128, stages=5)
+
+TILES = (_NARROW, _MIDDLE, _WIDE, _WIDEST)
+
+#: Splitting K over a cluster costs a few microseconds: each part has to have so many steps.
+_LEAST_STEPS = 16
+
+
+def choose_int8_wgmma_tile(M: int, N: int, K: int, g: int) -> Tile:
+    """The sizes of the program for M tokens: the largest tile that they fill, K split where blocks are too few."""
+    tile = next((tile for tile in TILES if M <= tile.BLOCK_M), _WIDEST)
+    if g > 128:
+        # Stages of twice the size.
+        tile = dataclasses.replace(tile, stages=tile.stages // 2, blocks_per_multiprocessor=1)
+    blocks = -(-M // tile.BLOCK_M) * -(-N // tile.BLOCK_N)
+    steps = K // g
+    at_once = MULTIPROCESSORS * tile.blocks_per_multiprocessor
+    split = max(
+        split
+        for split in (1, 2, 4, 8)
+        if split == 1 or (blocks * split <= at_once and steps % split == 0 and steps // split >= _LEAST_STEPS)
+    )
+    return dataclasses.replace(tile, split=split)

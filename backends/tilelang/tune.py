@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ternarize import ops
 from ternarize.backends.tilelang.build import Kernel, Program, start
+from ternarize.backends.tilelang.hopper import SHARED_BYTES
 from ternarize.backends.tilelang.layers import Dtype, LayerShape
 from ternarize.backends.tilelang.linear import heuristic_tile
-from ternarize.backends.tilelang.linear_decode import choose_decode_tile
+from ternarize.backends.tilelang.linear_decode import decode_tiles
 from ternarize.backends.tilelang.linear_wgmma import choose_wgmma_tile
 from ternarize.backends.tilelang.tuned import MOST_TOKENS, AnyTile, Key, bucket
 from ternarize.bench.contenders import EXPONENTS, TOLERANCE
@@ -47,11 +48,20 @@ class Tuned:
 
 
 def candidates(M: int, layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype) -> list[AnyTile]:
-    """Tiles for M tokens, the heuristic's first: what it has for these layers at any number of tokens."""
-    counts = [1 << power for power in range(MOST_TOKENS.bit_length())]
-    decode = [choose_decode_tile(count, layers, K, g, dtype) for count in counts if count >= M]
-    wgmma = [choose_wgmma_tile(count, layers, K, g, dtype) for count in counts]
-    return list(dict.fromkeys(tile for tile in (heuristic_tile(M, layers, K, g, dtype), *decode, *wgmma) if tile))
+    """Tiles for M tokens, the heuristic's first.
+
+    All that fit of the decode kernel; of the other those that the heuristic has for these layers at any number of
+    tokens, with K split over every size of a cluster.
+    """
+    wgmma = [
+        dataclasses.replace(choose_wgmma_tile(1 << power, layers, K, g, dtype), CLUSTER=cluster)
+        for power in range(MOST_TOKENS.bit_length())
+        for cluster in (1, 2, 4, 8)
+    ]
+    fitting = [tile for tile in wgmma if tile.shared_bytes(layers[0].planes) <= SHARED_BYTES]
+    return list(
+        dict.fromkeys((heuristic_tile(M, layers, K, g, dtype), *decode_tiles(M, layers, K, g, dtype), *fitting))
+    )
 
 
 def tuning_programs(program: Program, tokens: Iterable[int]) -> dict[int, list[Program]]:

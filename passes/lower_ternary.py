@@ -109,7 +109,7 @@ def lowered_arguments(node: fx.Node) -> tuple[str, tuple[Any, ...]]:
     return "grad_input", node.args
 
 
-def _write_quantizer(graph: fx.Graph, x: fx.Node) -> tuple[fx.Node, fx.Node]:
+def _write_quantizer(graph: fx.Graph, x: fx.Node) -> tuple[Any, Any]:
     """Write `quantize_activation` of x into the graph, in the ops that Inductor lowers; q and scale."""
     # Inductor takes seconds to import: where this pass runs, it is there.
     from torch._inductor.decomposition import select_decomp_table

@@ -18,6 +18,9 @@ CAPABILITY = (9, 0)
 #: Group sizes of `linear`: one group is one step of its loop along K, held in shared memory and registers at once.
 GROUP_SIZES = (32, 64, 128, 256)
 
+#: in_features of which a sum of products of 64 and 128 may leave int32.
+MOST_INT8_COLUMNS = 2**17
+
 
 #: What a machine without nvcc gets, and how it gets nvcc, in a place where `finds_nvcc` looks.
 WITHOUT_NVCC = (
@@ -70,6 +73,10 @@ def verify(stem: str, facts: "Facts") -> tuple[bool, str]:
             f"group_size is {facts.group_size} at in_features {K}, need one of {', '.join(map(str, GROUP_SIZES))}",
         ),
         (K % g != 0, f"in_features {K} is not a multiple of group_size {g}"),
+        (
+            stem == "linear_int8" and K >= MOST_INT8_COLUMNS,
+            f"in_features is {K}, int8 products need fewer than {MOST_INT8_COLUMNS} for sums of 32 bits",
+        ),
         (importlib.util.find_spec("tilelang") is None, "the package tilelang is not installed"),
         (not finds_nvcc(), "TileLang compiles with nvcc, and there is none on PATH or under CUDA_HOME"),
     ):

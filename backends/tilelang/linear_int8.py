@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ternarize.backends.tilelang.hopper import TARGET
+from ternarize.backends.tilelang.layers import Dtype
 from ternarize.backends.tilelang.linear import _aligned
 from ternarize.backends.tilelang.linear_int8_decode import Int8DecodeTile, choose_int8_decode_tile, int8_decode_program
 from ternarize.backends.tilelang.linear_int8_wgmma import choose_int8_wgmma_tile, int8_wgmma_program
-from ternarize.backends.tilelang.linear_wgmma import Dtype, Tile
+from ternarize.backends.tilelang.linear_wgmma import Tile
 
 
 def choose_tile(M: int, N: int, K: int, g: int) -> Tile | Int8DecodeTile:
@@ -42,7 +43,7 @@ def linear_int8(
     group_size: int,
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """Linear layers that share their quantised input; see `ternarize.ops` for shapes, and `verify` for what is accepted.
+    """Linear layers that share their quantised input; see `ternarize.ops` for shapes, `verify` for what is accepted.
 
     Sums are exact in int32, or in float32 over groups for a few tokens; rounds once, to ``dtype``.
     """

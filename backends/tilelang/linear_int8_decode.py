@@ -9,8 +9,8 @@ from typing import Any
 import tilelang.language as T
 
 from ternarize.backends.tilelang.hopper import HALF_SHARED_BYTES, MULTIPROCESSORS, SHARED_BYTES
+from ternarize.backends.tilelang.layers import Dtype
 from ternarize.backends.tilelang.linear_decode import GROUP, DecodeTile
-from ternarize.backends.tilelang.linear_wgmma import Dtype
 
 SOURCE = Path(__file__).with_name("linear_int8_decode.cuh").read_text()
 

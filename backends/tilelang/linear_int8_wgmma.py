@@ -9,12 +9,31 @@ from typing import Any
 import tilelang.language as T
 
 from ternarize.backends.tilelang.hopper import MULTIPROCESSORS
-from ternarize.backends.tilelang.linear_wgmma import Dtype, Tile
+from ternarize.backends.tilelang.layers import Dtype
+from ternarize.backends.tilelang.linear_wgmma import Tile
 
 SOURCE = Path(__file__).with_name("linear_int8_wgmma.cuh").read_text()
 
 
 def int8_wgmma_program(N: int, K: int, g: int, dtype: Dtype, *, has_bias: bool, tile: Tile) -> Any:
+    """The program for layers of one shape and any number of tokens.
+
+    It computes yᵀ = W · qᵀ: the trits are decoded in registers, straight into the int8 operand A of wgmma, and the
+    exponents with them (linear_int8_wgmma.cuh). One step along K is one scale group. TMA fills what lies beyond M and N
+    with zeros; where rows of T_packed are no multiple of 16 bytes, TileLang copies with predicated loads instead.
+
+    Args:
+        N: out_features.
+        K: in_features, a multiple of g; below 2^17, so that no int32 sum overflows.
+        g: weights a scale group, one of 32, 64, 128 and 256.
+        dtype: of y.
+        has_bias: whether the program takes bias and bias_exponent, after E.
+        tile: how the work is shared out.
+
+    Returns:
+        A TileLang prim_func of q int8 [M, K], scale float32 [M], T_packed uint8 [N, K / 4], E int8 [N, K / g], bias
+        int32 [N] and bias_exponent int8 [1] if there is a bias, and y [M, N], which it writes.
+    """
     M = T.dynamic("M")
     BLOCK_M, BLOCK_N, split = tile.BLOCK_M, tile.BLOCK_N, tile.split
     bytes_per_group = g // 4
@@ -44,6 +63,7 @@ def int8_wgmma_program(N: int, K: int, g: int, dtype: Dtype, *, has_bias: bool, 
             weight = T.alloc_fragment((BLOCK_N, g), T.int8)
             accumulator = T.alloc_fragment((BLOCK_N, BLOCK_M), T.int32)
             exact = T.alloc_local((sums,), T.float64)
+            # RowExponents of the source.
             state = T.alloc_local((7,), T.int32)
             # The registers of wgmma's operand A and of its sums: a warp has 16 rows, a quad of its lanes 2 of them.
             T.annotate_layout(

@@ -1,52 +1,17 @@
 """A small transformers Llama, ternary and compiled, on a GPU: the fused kernels against the torch reference."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ternarize import TernaryConfig, build_optimizer, ternarize
+from ternarize import build_optimizer
 from ternarize.config import Kernels, Rule
 from ternarize.layer import ternary_layers
-
-transformers = pytest.importorskip("transformers")
+from tests.gpu.kit import HOPPER, compile_fresh, llama, random_tokens, relative_error
 
 pytestmark = pytest.mark.gpu
-
-VOCABULARY = 512
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-
-
-def _llama(dtype: torch.dtype, rule: Rule = "factored") -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        use_cache=False,
-    )
-    model = ternarize(transformers.LlamaForCausalLM(config), TernaryConfig(rule=rule))
-    return model.to(device="cuda", dtype=dtype)
-
-
-def _tokens(*shape: int) -> Tensor:
-    return torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(1)).cuda()
-
-
-def _compile(model: nn.Module, kernels: Kernels) -> Any:
-    torch._dynamo.reset()
-    return torch.compile(model, backend="ternary", fullgraph=True, options={"kernels": kernels})
-
-
-def _relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize(
@@ -54,24 +19,24 @@ def _relative_error(actual: Tensor, expected: Tensor) -> float:
     [pytest.param("tilelang", marks=pytest.mark.skipif(not HOPPER, reason="TileLang needs Hopper")), "triton"],
 )
 def test_inference_equals_the_torch_kernels(kernels: Kernels) -> None:
-    model = _llama(torch.bfloat16).eval()
-    batches = [_tokens(*shape) for shape in ((2, 45), (8, 200), (1, 1))]
+    model = llama(torch.bfloat16).eval()
+    batches = [random_tokens(*shape) for shape in ((2, 45), (8, 200), (1, 1))]
     with torch.inference_mode():
-        reference = _compile(model, "torch")
+        reference = compile_fresh(model, "torch")
         expected = [reference(tokens).logits for tokens in batches]
-        compiled = _compile(model, kernels)
+        compiled = compile_fresh(model, kernels)
         logits = [compiled(tokens).logits for tokens in batches]
     assert {layer.choices["inference"][0] for _, layer in ternary_layers(model)} == {kernels}
     for y, wanted in zip(logits, expected, strict=True):
         # Each of 14 layers rounds its output to bfloat16, some elements the other way: 14 errors of about 2^-9 add up.
-        assert _relative_error(y, wanted) < 2e-2
+        assert relative_error(y, wanted) < 2e-2
 
 
 @pytest.mark.skipif(not HOPPER, reason="TileLang needs Hopper")
 def test_inference_takes_tilelang_by_itself_on_hopper() -> None:
-    model = _llama(torch.bfloat16).eval()
+    model = llama(torch.bfloat16).eval()
     with torch.inference_mode():
-        _compile(model, "auto")(_tokens(2, 45))
+        compile_fresh(model, "auto")(random_tokens(2, 45))
     assert {layer.choices["inference"][0] for _, layer in ternary_layers(model)} == {"tilelang"}
 
 
@@ -81,9 +46,9 @@ def _train(model: nn.Module, kernels: Kernels, steps: int) -> Tensor:
     Returns:
         float32 losses, [steps].
     """
-    compiled = _compile(model.train(), kernels)
+    compiled = compile_fresh(model.train(), kernels)
     optimizer = build_optimizer(model, torch.optim.AdamW, lr=1e-4)
-    tokens = _tokens(8, 65)
+    tokens = random_tokens(8, 65)
     losses = []
     for _ in range(steps):
         logits = compiled(tokens[:, :-1]).logits.float()
@@ -114,7 +79,7 @@ def _is_statistic(name: str) -> bool:
 def test_training_equals_the_torch_kernels(
     rule: Rule, dtype: torch.dtype, differing: float, loss_error: float, statistics_error: int
 ) -> None:
-    model = _llama(dtype, rule)
+    model = llama(dtype, rule)
     initial = copy.deepcopy(model.state_dict())
     expected_model = copy.deepcopy(model)
     # The first step of `factored` only fills the statistics; the second moves momentum and accumulators.

@@ -104,7 +104,12 @@ def test_int8_is_the_quantiser_once_a_shared_input_and_an_op(
 ) -> None:
     quantised = []
     original = lower_ternary._write_quantizer
-    monkeypatch.setattr(lower_ternary, "_write_quantizer", lambda *a: quantised.append(a) or original(*a))
+
+    def record(graph: fx.Graph, x: fx.Node) -> tuple[Any, Any]:
+        quantised.append(x)
+        return original(graph, x)
+
+    monkeypatch.setattr(lower_ternary, "_write_quantizer", record)
     with torch.no_grad():
         compile_fresh(Gated(make_layer, activation="int8"))(torch.randn(5, 32))
     assert lowered_graphs == [Counter(linear_int8_torch=2)]

@@ -153,12 +153,18 @@ def decode_program(
     return ternary_linear_decode
 
 
-def choose_decode_tile(M: int, layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype) -> DecodeTile | None:
+def choose_decode_tile(
+    M: int,
+    layers: tuple[LayerShape, ...],
+    K: int,
+    g: int,
+    dtype: Dtype,  # noqa: ARG001  # the arguments of choose_wgmma_tile
+) -> DecodeTile | None:
     """The first of `decode_tiles`, or None for a call that linear_decode.cuh does not serve."""
-    return next(decode_tiles(M, layers, K, g, dtype), None)
+    return next(decode_tiles(M, layers, K, g), None)
 
 
-def decode_tiles(M: int, layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype) -> Iterator[DecodeTile]:
+def decode_tiles(M: int, layers: tuple[LayerShape, ...], K: int, g: int) -> Iterator[DecodeTile]:
     """The sizes of linear_decode.cuh that fit a call of up to 16 tokens, the preferred ones first.
 
     It serves rows that are a multiple of 16 packed bytes, groups that are whole rows, 64 or a multiple of 128, and

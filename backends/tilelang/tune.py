@@ -60,7 +60,7 @@ def candidates(M: int, layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dt
     ]
     fitting = [tile for tile in wgmma if tile.shared_bytes(layers[0].planes) <= SHARED_BYTES]
     return list(
-        dict.fromkeys((heuristic_tile(M, layers, K, g, dtype), *decode_tiles(M, layers, K, g, dtype), *fitting))
+        dict.fromkeys((heuristic_tile(M, layers, K, g, dtype), *decode_tiles(M, layers, K, g), *fitting))
     )
 
 

@@ -154,6 +154,10 @@ class Operands:
             return y
         return y + torch.ldexp(self.bias.double(), self.bias_exponent)
 
+    def cuda(self) -> "Operands":
+        moved: dict[str, Any] = {name: t if t is None else t.cuda() for name, t in vars(self).items()}
+        return Operands(**moved)
+
     def tensors(self) -> list[Tensor | None]:
         return [getattr(self, field.name) for field in dataclasses.fields(self)]
 
@@ -241,7 +245,7 @@ def test_decode_equals_float64_and_itself_on_the_gpu(kernels: dict[str, Any], na
     x, layers = _random_x(case), [Operands.random(layer, case) for layer in case.layers]
 
     def run(x: Tensor) -> None:
-        on_gpu = [Operands(**{k: t if t is None else t.cuda() for k, t in vars(layer).items()}) for layer in layers]
+        on_gpu = [layer.cuda() for layer in layers]
         inputs = [tensor for layer in on_gpu for tensor in layer.tensors()[:-1] if tensor is not None]
         kernels[name](x.cuda(), *inputs, *(layer.y for layer in on_gpu))
         for layer, result in zip(layers, on_gpu, strict=True):

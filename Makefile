@@ -11,7 +11,7 @@ GGUF := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint typecheck pytest dist gpu-test clean
+.PHONY: demo test lint typecheck pytest dist gpu-test gpu-sanitize clean
 
 demo: $(VENV)/ready $(GGUF)
 	$(BIN)/python examples/demo.py $(GGUF) $(MODELS)/smollm2-ternary
@@ -31,6 +31,9 @@ pytest: $(VENV)/ready $(GGUF)
 
 gpu-test: $(VENV)/ready
 	$(BIN)/python -m pytest -m gpu
+
+gpu-sanitize: $(VENV)/ready
+	$(BIN)/python -m tests.gpu.sanitize
 
 dist: $(VENV)/ready
 	$(BIN)/python -m build

@@ -40,6 +40,7 @@ def linear_int8(
     E_mantissa: Sequence[Tensor | None],  # noqa: ARG001  # the same arguments in every backend; none here, see verify
     bias: Sequence[Tensor | None],
     bias_exponent: Sequence[Tensor | None],
+    status: Sequence[Tensor],  # noqa: ARG001  # the programs do not report yet
     group_size: int,
     dtype: torch.dtype,
 ) -> list[Tensor]:

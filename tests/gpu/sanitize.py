@@ -1,0 +1,129 @@
+"""One call of every kernel under compute-sanitizer, which comes with the CUDA toolkit: no access out of bounds.
+
+    python -m tests.gpu.sanitize
+
+Exits with 0 if nothing is found. The kernels are compiled first, by several processes, into the caches on disk.
+"""
+
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ternarize import ops
+from ternarize.activation import quantize_activation
+from ternarize.backends.select import facts_of, verify
+from ternarize.cli.doctor import check_backend
+from tests.backends.kit import Weights, random_weights
+
+#: Tokens on both sides of what separates the programs and their tiles, some that fill a tile and some that do not.
+TOKENS = (1, 13, 40, 300)
+
+#: out_features of layers that share x, in_features, group size, trit planes, mantissa, bias: tails in every dimension.
+LAYERS = (
+    ((4096,), 4096, 128, 1, False, False),
+    ((333, 64, 65), 1152, 128, 1, False, True),
+    ((130,), 14336, 128, 1, False, False),
+    ((77,), 576, 64, 1, False, True),
+    ((333,), 96, 32, 1, False, False),
+    ((129,), 512, 256, 1, False, True),
+    ((64,), 384, -1, 1, False, False),
+    ((130,), 1000, 128, 1, False, True),
+    ((130,), 1024, 128, 2, False, False),
+    ((130,), 1024, 128, 3, True, True),
+)
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+#: Processes that compile.
+COMPILERS = 8
+
+
+def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """Stem, backend and arguments of each call; those of TileLang are guarded."""
+    for sizes, K, group_size, planes, mantissa, bias in LAYERS:
+        layers = [
+            random_weights(N, K, group_size, planes=planes, mantissa=mantissa, bias=bias, device="cuda") for N in sizes
+        ]
+        for M in TOKENS:
+            for dtype in DTYPES:
+                x = torch.randn(M, K, device="cuda").to(dtype)
+                yield from _of_one_input(x, layers, group_size)
+
+
+def _of_one_input(
+    x: torch.Tensor, layers: list[Weights], group_size: int
+) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    weights = (
+        [w.T_packed for w in layers],
+        [w.E for w in layers],
+        [w.E_mantissa for w in layers],
+        [w.bias for w in layers],
+        [w.bias_exponent for w in layers],
+    )
+    status = [torch.zeros(2, dtype=torch.int32, device="cuda") for _ in layers]
+    for stem in ("linear", "linear_int8"):
+        facts = facts_of(stem, (x, *weights, group_size))
+        given = (x, *weights, group_size)
+        if stem == "linear_int8":
+            given = (*quantize_activation(x), *weights, group_size, x.dtype)
+        for backend in ("tilelang", "triton"):
+            if verify(backend, stem, facts)[0]:
+                yield stem, backend, ops.with_status(stem, backend, given, status)
+
+
+def call_some(first: int, step: int) -> None:
+    """Make every ``step``-th call from the ``first`` on; one line says how many that were."""
+    torch.manual_seed(0)
+    count = 0
+    for stem, backend, args in itertools.islice(calls(), first, None, step):
+        ops.lowered(stem, backend)(*args)
+        # An error is found by the call that made it.
+        torch.cuda.synchronize()
+        count += 1
+    if first == 0:
+        # The kernels of training.
+        print(check_backend("triton", torch.device("cuda")))
+    print(f"{count} calls", flush=True)
+
+
+def find_sanitizer() -> str | None:
+    """The tool on PATH, or in a CUDA toolkit."""
+    places = [os.environ.get("CUDA_HOME", ""), *sorted(map(str, Path("/usr/local").glob("cuda*")), reverse=True)]
+    found = (shutil.which("compute-sanitizer", path=f"{place}/bin") for place in places if place)
+    return shutil.which("compute-sanitizer") or next((path for path in found if path), None)
+
+
+def main() -> int:
+    """Make the calls twice: to compile the kernels, and under the tool."""
+    tool = find_sanitizer()
+    if tool is None:
+        print("compute-sanitizer is neither on PATH nor under CUDA_HOME or /usr/local/cuda*", file=sys.stderr)
+        return 2
+    command = [sys.executable, "-m", "tests.gpu.sanitize"]
+    compilers = [subprocess.Popen([*command, str(first), str(COMPILERS)]) for first in range(COMPILERS)]
+    failures = sum(process.wait() != 0 for process in compilers)
+    if failures:
+        return 1
+    # Each tensor in its own allocation: in PyTorch's pools most accesses out of bounds would hit a neighbour.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    options = ["--tool", "memcheck", "--target-processes", "application-only", "--print-limit", "20"]
+    sanitized = [tool, *options, *command, "0", "1"]
+    result = subprocess.run(sanitized, env=environment, capture_output=True, text=True, check=False)
+    print(result.stdout[-6000:], result.stderr[-2000:])
+    summary = re.search(r"ERROR SUMMARY: (\d+) errors?", result.stdout)
+    return 0 if result.returncode == 0 and summary is not None and summary[1] == "0" else 1
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        call_some(*map(int, sys.argv[1:]))
+    else:
+        sys.exit(main())

@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,7 +111,7 @@ def linear(
     E_mantissa: Sequence[Tensor | None],
     bias: Sequence[Tensor | None],
     bias_exponent: Sequence[Tensor | None],
-    status: Sequence[Tensor],  # noqa: ARG001  # the programs do not report yet
+    status: Sequence[Tensor],
     group_size: int,
 ) -> list[Tensor]:
     """Linear layers that share their input; see `ternarize.ops` for shapes, and `verify` for what is accepted.
@@ -125,15 +124,16 @@ def linear(
     outputs = [x.new_empty((*x.shape[:-1], packed.shape[0])) for packed in T_packed]
     if M == 0:
         return outputs
+    layers = layer_shapes(T_packed, E_mantissa, bias)
+    arguments = [rows]
+    for i, mantissa in enumerate(E_mantissa):
+        arguments += [_aligned(T_packed[i]), _aligned(E[i])]
+        if mantissa is not None:
+            arguments.append(_aligned(mantissa.expand(E[i].shape)))
+        arguments += [tensor for tensor in (bias[i], bias_exponent[i]) if tensor is not None]
+        arguments += status[i : i + 1]
+    program = program_for(M, layers, K, group_size, x.dtype, guarded=bool(status), gpu=_gpu(x.device))
     # TileLang makes the device of its arguments the current one, and leaves it so.
     with torch.cuda.device(x.device):
-        for i, y in enumerate(outputs):
-            arguments: list[Any] = [rows, _aligned(T_packed[i]), _aligned(E[i])]
-            b, exponent = bias[i], bias_exponent[i]
-            if b is not None and exponent is not None:
-                arguments += [b, exponent]
-            N = y.shape[-1]
-            layers = layer_shapes(T_packed[i : i + 1], E_mantissa[i : i + 1], bias[i : i + 1])
-            program = program_for(M, layers, K, group_size, x.dtype, guarded=False, gpu=_gpu(x.device))
-            build.start(program).result()(*arguments, y.view(-1, N))
+        build.start(program).result()(*arguments, *(y.view(M, -1) for y in outputs))
     return outputs

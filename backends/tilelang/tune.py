@@ -59,9 +59,7 @@ def candidates(M: int, layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dt
         for cluster in (1, 2, 4, 8)
     ]
     fitting = [tile for tile in wgmma if tile.shared_bytes(layers[0].planes) <= SHARED_BYTES]
-    return list(
-        dict.fromkeys((heuristic_tile(M, layers, K, g, dtype), *decode_tiles(M, layers, K, g), *fitting))
-    )
+    return list(dict.fromkeys((heuristic_tile(M, layers, K, g, dtype), *decode_tiles(M, layers, K, g), *fitting)))
 
 
 def tuning_programs(program: Program, tokens: Iterable[int]) -> dict[int, list[Program]]:

@@ -1,5 +1,7 @@
-"""Kernels of a graph are begun when it is compiled, all at once."""
+"""Kernels of a graph are begun when it is compiled, all at once, and called with all layers of a call."""
 
+import contextlib
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from ternarize.backends.select import Choice
 from ternarize.backends.tilelang import build, linear
 from ternarize.backends.tilelang.build import Program
 from ternarize.backends.tilelang.linear_decode import DecodeTile
+from tests.backends.kit import random_weights
 
 
 class Attention(nn.Module):
@@ -86,3 +89,42 @@ def test_a_kernel_is_built_once_and_its_failure_raised_where_it_is_called(monkey
         build.start(program).result()
     assert built == [program]
     assert (program.g, program.layers[0].planes, program.layers[0].N) == (128, 2, 48)
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_a_call_is_one_launch_of_all_its_layers(guarded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 128)
+    weights = [random_weights(N, 128, 64, mantissa=N == 48, bias=N == 32) for N in (48, 32)]
+    status = [torch.zeros(2, dtype=torch.int32) for _ in weights] if guarded else []
+    mantissa = [weights[0].E_mantissa, None]
+    columns = [[getattr(w, name) for w in weights] for name in ("T_packed", "E", "bias", "bias_exponent")]
+    launched: list[Program] = []
+
+    def launch(*arguments: Tensor) -> None:
+        given = list(arguments)
+        expected = [x.view(6, 128), weights[0].T_packed, weights[0].E, mantissa[0], *status[:1]]
+        expected += [weights[1].T_packed, weights[1].E, weights[1].bias, weights[1].bias_exponent, *status[1:]]
+        for got, needed in zip(given, expected, strict=False):
+            assert needed is not None
+            assert torch.equal(got, needed)
+        for y, N in zip(given[len(expected) :], (48, 32), strict=True):
+            assert y.shape == (6, N)
+            y.fill_(N)
+
+    def start(program: Program) -> Future[Any]:
+        launched.append(program)
+        future: Future[Any] = Future()
+        future.set_result(launch)
+        return future
+
+    monkeypatch.setattr(build, "start", start)
+    monkeypatch.setattr(linear, "_gpu", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    T_packed, E, bias, bias_exponent = columns
+    outputs = linear.linear(x, T_packed, E, mantissa, bias, bias_exponent, status, 64)
+    assert [tuple(y.shape) for y in outputs] == [(2, 3, 48), (2, 3, 32)]
+    assert [float(y.mean()) for y in outputs] == [48.0, 32.0]
+    (program,) = launched
+    assert program.guarded == guarded
+    assert [(layer.mantissa, layer.bias) for layer in program.layers] == [("int16", False), (None, True)]

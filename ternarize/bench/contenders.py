@@ -1,23 +1,25 @@
-"""What `ternarize.bench.linear` lets multiply: the ternary kernels, and the dense products that they are compared with.
+"""What `ternarize.bench.linear` lets multiply: the ternary kernels, and what they are compared with.
 
 All work on one random layer and the same x. Baselines are what PyTorch calls for dense weights, cuBLAS on a GPU: the
 dtype of x; int8, torch._int_mm, with an int32 result; and fp8 (e4m3), torch._scaled_mm with one scale a tensor and its
 fast accumulation. To bring x to 8 bits, and the int32 result back to floats, is not in the time of the latter two: they
-are bounds of what a whole layer takes.
+are bounds of what a whole layer takes. GemLite, where it is installed, multiplies by the same weights in 2 bits each.
 """
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ternarize import ops
+from ternarize.activation import dequantize_activation, quantize_activation
 from ternarize.backends.select import facts_of, verify
 from ternarize.bench.timing import copies_needed
-from ternarize.config import TernaryConfig
+from ternarize.config import Activation, TernaryConfig
 from ternarize.layer import TernaryLinear
-from ternarize.packing import exp2_exact, expand_groups, groups_per_row, largest_level
+from ternarize.packing import ROW, exp2_exact, expand_groups, groups_per_row, largest_level
 
 #: Relative error in the 2-norm that ternary kernels may have, by the dtype that the result is rounded to.
 TOLERANCE = {torch.bfloat16: 2e-3, torch.float16: 5e-4}
@@ -35,6 +37,10 @@ EXPONENTS = (-9, -4)
 DENSE = "dense"
 
 
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
 @dataclasses.dataclass(frozen=True)
 class Contender:
     """One way to compute y = x · Wᵀ."""
@@ -43,7 +49,7 @@ class Contender:
     rate: str
     """Of the baselines, the one whose unit does the arithmetic: its highest rate bounds this contender too."""
     weight: Tensor
-    """[N, K]: the result must be operand · weightᵀ, in float64."""
+    """[N, K]: the result must be rounded operand · weightᵀ, in float64."""
     copies: list[tuple[Tensor, ...]]
     """The weight as ``multiply`` takes it, several times."""
     multiply: Callable[..., Tensor]
@@ -53,6 +59,8 @@ class Contender:
     refusal: Callable[[Tensor], str | None]
     """Why it cannot run for this x, or None."""
     tolerance: float
+    rounded: Callable[[Tensor], Tensor] = _same
+    """What it multiplies in place of the operand if it rounds it on its way, within the time."""
 
     @property
     def weight_bytes(self) -> int:
@@ -63,10 +71,6 @@ class Contender:
 def _copies(device: torch.device, *weight: Tensor) -> list[tuple[Tensor, ...]]:
     more = copies_needed(sum(tensor.nbytes for tensor in weight), device) - 1
     return [weight, *(tuple(tensor.clone() for tensor in weight) for _ in range(more))]
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 def _runs_anywhere(_: Tensor) -> str | None:
@@ -136,9 +140,12 @@ def baselines(weight: Tensor) -> list[Contender]:
     ]
 
 
-def _kernel(name: str, layer: TernaryLinear, weight: Tensor, copies: list[tuple[Tensor, ...]]) -> Contender:
+def _kernel(
+    name: str, activation: Activation, layer: TernaryLinear, weight: Tensor, copies: list[tuple[Tensor, ...]]
+) -> Contender:
     # The op, as a compiled graph calls it: in a CUDA graph nothing is left of its dispatch.
-    op = ops.lowered("linear", name)
+    stem = ops.LINEAR_STEM[activation]
+    op = ops.lowered(stem, name)
 
     def arguments(x: Tensor, T_packed: Tensor, E: Tensor) -> tuple[object, ...]:
         return (x, [T_packed], [E], [None], [None], [None], layer.group_size)
@@ -147,17 +154,93 @@ def _kernel(name: str, layer: TernaryLinear, weight: Tensor, copies: list[tuple[
         outputs: list[Tensor] = op(*ops.with_status("linear", name, arguments(x, T_packed, E)))
         return outputs[0]
 
+    def round_and_multiply(x: Tensor, T_packed: Tensor, E: Tensor) -> Tensor:
+        q, scale = _quantize(x)
+        outputs: list[Tensor] = op(q, scale, *arguments(x, T_packed, E)[1:], x.dtype)
+        return outputs[0]
+
     def refusal(x: Tensor) -> str | None:
-        ok, reason = verify(name, "linear", facts_of("linear", arguments(x, *copies[0])))
+        ok, reason = verify(name, stem, facts_of(stem, arguments(x, *copies[0])))
         return None if ok else reason
 
-    return Contender(name, DENSE, weight, copies, multiply, _same, refusal, TOLERANCE[weight.dtype])
+    plain = Contender(name, DENSE, weight, copies, multiply, _same, refusal, TOLERANCE[weight.dtype])
+    if activation == "float":
+        return plain
+    return dataclasses.replace(
+        plain, name=f"{name} int8", rate="int8", multiply=round_and_multiply, rounded=_rounded_to_int8
+    )
+
+
+#: As in a compiled graph, but for what comes before x there: one kernel instead of none.
+_quantize = torch.compile(quantize_activation, dynamic=True)
+
+
+def _rounded_to_int8(x: Tensor) -> Tensor:
+    return dequantize_activation(*quantize_activation(x), torch.float64)
+
+
+def _gemlite(layer: TernaryLinear, weight: Tensor, levels: Tensor) -> Contender:
+    """GemLite's Triton kernels for 2-bit weights with a scale and a zero a group (github.com/dropbox/gemlite, 0.6).
+
+    Its weight is (code - 1) · 2^E, the same numbers. Which of its kernels runs is its own choice.
+    """
+    N, K = weight.shape
+    group_size = layer.group_size
+    # Its kernels that split K add partial sums in the dtype of x, as cuBLAS may.
+    contender = Contender(
+        "gemlite",
+        DENSE,
+        weight,
+        [],
+        _no_product,
+        _same,
+        lambda _: "not installed: pip install gemlite",
+        DENSE_TOLERANCE,
+    )
+    if importlib.util.find_spec("gemlite") is None:
+        return contender
+    if layer.planes != 1 or group_size == ROW or K % group_size:
+        reason = "compared are 2-bit weights: one plane, in groups that divide K"
+        return dataclasses.replace(contender, refusal=lambda _: reason)
+
+    scales = exp2_exact(layer.E.detach()).to(weight.dtype).reshape(-1, 1)
+    try:
+        from gemlite.core import TORCH_TO_DTYPE, GemLiteLinearTriton, forward_functional
+
+        dtype = TORCH_TO_DTYPE[weight.dtype]
+        theirs = GemLiteLinearTriton(2, group_size, K, N, input_dtype=dtype, output_dtype=dtype)
+        theirs.pack((levels + 1).to(torch.uint8), scales, torch.ones_like(scales))
+    except Exception as error:  # a package of others must not end the run of everything else
+        reason = f"GemLite did not take the layer: {type(error).__name__}: {error}"
+        return dataclasses.replace(contender, refusal=lambda _: reason)
+    facts: list[int] = theirs.get_meta_args()
+
+    def multiply(x: Tensor, *tensors: Tensor) -> Tensor:
+        y: Tensor = forward_functional(x, None, list(tensors), facts)
+        return y
+
+    copies = _copies(weight.device, *(tensor.detach() for tensor in theirs.get_tensor_args()))
+    return dataclasses.replace(contender, copies=copies, multiply=multiply, refusal=_gemlite_refusal)
+
+
+def _gemlite_refusal(x: Tensor) -> str | None:
+    return None if x.is_cuda else f"GemLite's kernels need cuda, the tensors are on {x.device.type}"
+
+
+def _no_product(*_: Tensor) -> Tensor:
+    raise AssertionError("a contender that is refused is not called")
 
 
 def random_contenders(
-    N: int, K: int, config: TernaryConfig, dtype: torch.dtype, kernels: tuple[str, ...], device: torch.device
+    N: int,
+    K: int,
+    config: TernaryConfig,
+    dtype: torch.dtype,
+    kernels: tuple[str, ...],
+    device: torch.device,
+    activations: tuple[Activation, ...] = ("float",),
 ) -> list[Contender]:
-    """The baselines and the kernels, on one random layer: uniform levels, exponents uniform over `EXPONENTS`."""
+    """Baselines, GemLite and the kernels, on one random layer: uniform levels, exponents uniform over `EXPONENTS`."""
     generator = torch.Generator(device).manual_seed(0)
     top = largest_level(config.planes)
     levels = torch.randint(-top, top + 1, (N, K), dtype=torch.int8, device=device, generator=generator)
@@ -169,4 +252,5 @@ def random_contenders(
     # levels: the packed form is what is tested.
     weight = levels.to(dtype) * expand_groups(exp2_exact(E).to(dtype), K, layer.group_size)
     copies = _copies(device, layer.T_packed.detach(), layer.E.detach())
-    return [*baselines(weight), *(_kernel(name, layer, weight, copies) for name in kernels)]
+    ours = [_kernel(name, activation, layer, weight, copies) for activation in activations for name in kernels]
+    return [*baselines(weight), _gemlite(layer, weight, levels), *ours]

@@ -8,19 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ternarize.bench.contenders import DENSE, Contender, baselines, random_contenders
+from ternarize.bench.contenders import DENSE, Contender, random_contenders
 from ternarize.bench.timing import Pass, record, time_in_turns
-from ternarize.config import TernaryConfig
+from ternarize.config import Activation, TernaryConfig
 
 Status = Literal["ok", "wrong", "failed", "not run"]
 
 #: Tokens of a result that are compared with float64, at most.
 CHECKED_TOKENS = 256
-
-#: Bytes of the copy that measures memory bandwidth, and side of the square product that measures a rate. What the CPU
-#: gets only keeps the columns filled.
-COPY_BYTES = {"cuda": 2**30, "cpu": 2**24}
-SIDE = {"cuda": 8192, "cpu": 64}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,25 +28,12 @@ class Plan:
     dtype: torch.dtype
     """Of x, bfloat16 or float16."""
     kernels: tuple[str, ...]
-    """Backends of the op `linear`."""
+    """Backends of the ops `linear` and `linear_int8`."""
+    activations: tuple[Activation, ...] = ("float",)
+    """Which of the two."""
     device: torch.device
     seconds_per_cell: float
     """Of timed rounds, for one shape and number of tokens, all contenders together."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ceilings:
-    """What this device reaches, measured in the same run."""
-
-    bytes_per_second: float
-    """Of a device-to-device copy, read and written bytes counted."""
-    flops_per_second: dict[str, float]
-    """Of a large square product by each baseline that runs here."""
-
-    def floor(self, result: "Result") -> float | None:
-        """The least seconds that a result's bytes and arithmetic take, the larger of the two; None if not known."""
-        rate = self.flops_per_second.get(result.rate)
-        return None if rate is None else max(result.bytes / self.bytes_per_second, result.flops / rate)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -71,7 +53,7 @@ class Result:
     spread: float | None = None
     """Of the samples, see `ternarize.bench.timing.Timing`."""
     rate: str = ""
-    """Of `Ceilings.flops_per_second`, the one that bounds it."""
+    """Of `ternarize.bench.ceilings.Ceilings.flops_per_second`, the one that bounds it."""
     bytes: int = 0
     """Weight, x and y, each once."""
 
@@ -88,7 +70,7 @@ def measure_shape(N: int, K: int, plan: Plan) -> Iterator[list[Result]]:
     is one such result, of the contender "all", for the whole cell.
     """
     try:
-        contenders = random_contenders(N, K, plan.config, plan.dtype, plan.kernels, plan.device)
+        contenders = random_contenders(N, K, plan.config, plan.dtype, plan.kernels, plan.device, plan.activations)
     except Exception as error:  # out of memory, or a GPU that an earlier kernel has broken
         for M in plan.tokens:
             yield [_failed(N, K, M, error)]
@@ -144,7 +126,7 @@ class _Entrant:
 
     def _prepare(self, contender: Contender, x: Tensor) -> Pass | None:
         operand = contender.operand(x)
-        self._exact = _float64(operand)[self._rows] @ _float64(contender.weight).t()
+        self._exact = _float64(contender.rounded(operand))[self._rows] @ _float64(contender.weight).t()
         # Where the result will probably lie: what an earlier call left there would hide what is not written.
         x.new_full((x.shape[0], contender.weight.shape[0]), torch.nan)
         y = contender.multiply(operand, *contender.copies[0])
@@ -166,8 +148,8 @@ class _Entrant:
 
 
 def _float64(values: Tensor) -> Tensor:
-    # By way of float32, the one dtype that float8 surely converts to.
-    return values.to(torch.float32).double()
+    # Float8 surely converts to float32 only.
+    return values.double() if values.dtype == torch.float64 else values.to(torch.float32).double()
 
 
 def sample_rows(M: int, device: torch.device) -> Tensor:
@@ -176,23 +158,6 @@ def sample_rows(M: int, device: torch.device) -> Tensor:
     starts = torch.arange(parts + 1, device=device) * M // parts
     lengths = starts.diff()
     return starts[:-1] + (torch.rand(parts, device=device) * lengths).long().minimum(lengths - 1)
-
-
-def measure_ceilings(plan: Plan) -> Ceilings:
-    """Measure bandwidth and the rates of the baselines; a baseline that cannot run has none."""
-    device = plan.device
-    source = torch.randint(0, 256, (COPY_BYTES[device.type],), dtype=torch.uint8, device=device)
-    destination = torch.empty_like(source)
-    (copy,) = time_in_turns([record([lambda: destination.copy_(source)], device)], plan.seconds_per_cell)
-    side = SIDE[device.type]
-    weight = torch.randn(side, side, dtype=plan.dtype, device=device)
-    products = measure_cell(baselines(weight), side, plan)
-    return Ceilings(
-        bytes_per_second=2 * source.nbytes / copy.seconds,
-        flops_per_second={
-            result.contender: result.flops / result.seconds for result in products if result.seconds is not None
-        },
-    )
 
 
 def dense_seconds(cell: list[Result]) -> float | None:

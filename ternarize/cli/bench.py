@@ -4,23 +4,30 @@ import argparse
 import datetime
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
 from ternarize import ops
-from ternarize.bench.linear import Ceilings, Plan, Result, dense_seconds, measure_ceilings, measure_shape
-from ternarize.cli import add_output_arguments
+from ternarize.bench.ceilings import Ceilings, measure_ceilings
+from ternarize.bench.linear import Plan, Result, dense_seconds, measure_shape
+from ternarize.bench.roofline import check_picture, draw_roofline
+from ternarize.cli import add_output_arguments, bench_model
+from ternarize.cli.bench_arguments import (
+    DTYPES,
+    add_activation_argument,
+    add_layer_arguments,
+    names_of,
+    positive_numbers,
+    ternary_config,
+)
 from ternarize.cli.machine import describe, versions
 from ternarize.cli.output import Output
-from ternarize.config import TernaryConfig
-from ternarize.errors import ConfigError, ShapeError
 from ternarize.evaluate import default_device
 
 HELP = "measure speed against dense PyTorch; a wrong result gets no time"
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 #: Projections of models of 8B and 70B, and of small models with odd sizes.
 SHAPES = "4096x4096,14336x4096,4096x14336,28672x8192,8192x28672,5120x13824,1536x8960,2560x6912"
@@ -40,15 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     linear.add_argument(
         "--shapes", type=_shapes, default=SHAPES, metavar="NxK,...", help=f"out x in features (default {SHAPES})"
     )
-    linear.add_argument("--tokens", type=_tokens, default=TOKENS, metavar="M,...", help=f"rows of x (default {TOKENS})")
     linear.add_argument(
-        "--group-size", type=int, default=128, help="weights that share an exponent; -1 for whole rows (default 128)"
+        "--tokens", type=positive_numbers, default=TOKENS, metavar="M,...", help=f"rows of x (default {TOKENS})"
     )
-    linear.add_argument("--planes", type=int, choices=(1, 2, 3), default=1, help="trit planes (default 1)")
-    linear.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of x (default bfloat16)")
+    add_layer_arguments(linear)
     linear.add_argument(
         "--kernels",
-        type=_kernels,
+        type=lambda text: names_of("kernels", text, ops.BACKENDS),
         default=",".join(ops.BACKENDS),
         metavar="NAME,...",
         help=f"ternary kernels to measure (default {','.join(ops.BACKENDS)})",
@@ -60,7 +65,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="of timing, for one shape and number of tokens, everything together (default 0.5)",
     )
+    add_activation_argument(linear)
+    linear.add_argument("--plot", type=Path, metavar="FILE", help="also draw a roofline picture, .png or .svg")
     add_output_arguments(linear)
+    decode = what.add_parser("decode", help="one token after the other: a whole ternary model beside a dense one")
+    bench_model.add_arguments(decode, "decode")
+    add_output_arguments(decode)
+    prefill = what.add_parser("prefill", help="whole prompts: a whole ternary model beside a dense one")
+    bench_model.add_arguments(prefill, "prefill")
+    add_output_arguments(prefill)
 
 
 def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
@@ -89,45 +102,28 @@ def _shapes(text: str) -> tuple[tuple[int, int], ...]:
     return tuple(shapes)
 
 
-def _tokens(text: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    for part in parts:
-        if not part.isdecimal() or not int(part):
-            raise argparse.ArgumentTypeError(f"{part!r} is no number of tokens: write them as in 1,16,256")
-    return tuple(int(part) for part in parts)
-
-
-def _kernels(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    for name in names:
-        if name not in ops.BACKENDS:
-            raise argparse.ArgumentTypeError(f"{name!r} is no kernel: use some of {','.join(ops.BACKENDS)}")
-    return names
-
-
 def _linear(arguments: argparse.Namespace, output: Output, device: torch.device) -> dict[str, Any]:
-    try:
-        config = TernaryConfig(planes=arguments.planes, group_size=arguments.group_size)
-    except ShapeError as error:
-        # Here a wrong group size is a wrong call.
-        raise ConfigError(f"--group-size: {error}") from None
     plan = Plan(
         tokens=arguments.tokens,
-        config=config,
+        config=ternary_config(arguments),
         dtype=DTYPES[arguments.dtype],
         kernels=arguments.kernels,
+        activations=arguments.activation,
         device=device,
         seconds_per_cell=arguments.seconds_per_cell,
     )
+    if arguments.plot is not None:
+        check_picture(arguments.plot)
     command = _command(arguments)
     ceilings = measure_ceilings(plan)
     rates = ", ".join(f"{name} {rate / 1e12:.4g} TFLOP/s" for name, rate in ceilings.flops_per_second.items())
     output.console.print(
-        f"{command}\nceilings: copy {ceilings.bytes_per_second / 1e9:.4g} GB/s, {rates}",
+        f"{command}\nceilings: read {ceilings.read_bytes_per_second / 1e9:.4g} GB/s, "
+        f"copy {ceilings.copy_bytes_per_second / 1e9:.4g} GB/s, {rates}",
         highlight=False,
         soft_wrap=True,
     )
-    cells = []
+    cells, results = [], []
     for N, K in arguments.shapes:
         measured = []
         with output.steps_progress() as progress:
@@ -138,11 +134,19 @@ def _linear(arguments: argparse.Namespace, output: Output, device: torch.device)
         output.console.print(_table(N, K, measured, ceilings))
         for line in _reasons(measured):
             output.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        results += [result for cell in measured for result in cell]
         cells += [_row(result, cell, ceilings) for cell in measured for result in cell]
+    if arguments.plot is not None:
+        title = f"{describe(device)['name']}, {arguments.dtype}, groups of {arguments.group_size}"
+        draw_roofline(arguments.plot, results, ceilings, title)
+        output.console.print(f"roofline: {arguments.plot}", highlight=False, soft_wrap=True)
     return {
         "command": command,
         "ceilings": {
-            "gigabytes_per_second": ceilings.bytes_per_second / 1e9,
+            "gigabytes_per_second": {
+                "read": ceilings.read_bytes_per_second / 1e9,
+                "copy": ceilings.copy_bytes_per_second / 1e9,
+            },
             "teraflops_per_second": {name: rate / 1e12 for name, rate in ceilings.flops_per_second.items()},
         },
         "cells": cells,
@@ -156,7 +160,8 @@ def _command(arguments: argparse.Namespace) -> str:
     return (
         f"ternarize bench linear --shapes {shapes} --tokens {','.join(map(str, arguments.tokens))} "
         f"--group-size {arguments.group_size} --planes {arguments.planes} --dtype {arguments.dtype} "
-        f"--kernels {','.join(arguments.kernels)} --seconds-per-cell {arguments.seconds_per_cell:g}"
+        f"--kernels {','.join(arguments.kernels)} --activation {','.join(arguments.activation)} "
+        f"--seconds-per-cell {arguments.seconds_per_cell:g}"
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("ternarize", "torch", "triton", "tilelang", "transformers", "gguf", "safetensors", "numpy")
+PACKAGES = ("ternarize", "torch", "triton", "tilelang", "transformers", "gemlite", "gguf", "safetensors", "numpy")
 
 
 def versions() -> dict[str, str | None]:

@@ -1,0 +1,101 @@
+"""A contender in a process of its own: its memory is its own, its start is a start, and what breaks is it alone.
+
+A kernel that reads out of bounds takes every tensor of its process with it. Contenders take turns all the same: the one
+process asks, the others wait for it.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import traceback
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+from ternarize.bench.step import Contender, Task
+
+#: Where compilers look for their caches.
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TILELANG_CACHE_DIR")
+
+
+class ContenderError(Exception):
+    """What a contender raised in its process, in one line."""
+
+
+class Remote(Protocol):
+    """A contender somewhere else: questions are asked first and answered later, so that several can work at once."""
+
+    def ask(self, method: str) -> None:
+        """Start a method of `Contender`; the first one also makes the contender."""
+
+    def answer(self) -> Any:
+        """Wait for what it returns.
+
+        Raises:
+            ContenderError: for whatever it raised.
+        """
+
+    def close(self) -> None:
+        """Give back the memory."""
+
+
+class Process:
+    """A `Remote` in a process.
+
+    Args:
+        task: of the contender.
+        caches: folder for the caches of all compilers in place of the usual ones.
+    """
+
+    def __init__(self, task: Task, caches: Path | None) -> None:
+        # A fork would inherit a CUDA context, which cannot be used.
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        folders = {} if caches is None else {name: str(caches / name.lower()) for name in CACHES}
+        self._process = context.Process(target=_serve, args=(theirs, task, folders))
+        self._process.start()
+        # Else the end of their process would not be the end of the pipe.
+        theirs.close()
+
+    def ask(self, method: str) -> None:
+        """See `Remote`."""
+        # Of a process that has ended, the answer will tell.
+        with contextlib.suppress(BrokenPipeError):
+            self._connection.send(method)
+
+    def answer(self) -> Any:
+        """See `Remote`."""
+        try:
+            worked, value = self._connection.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            raise ContenderError(f"its process ended with code {self._process.exitcode}") from None
+        if not worked:
+            raise ContenderError(value)
+        return value
+
+    def close(self) -> None:
+        """See `Remote`."""
+        self._connection.close()
+        self._process.join()
+
+
+def _serve(connection: Connection, task: Task, environment: Mapping[str, str]) -> None:
+    # Standard output may be kept for a JSON object, and compilers write to it.
+    os.dup2(2, 1)
+    os.environ.update(environment)
+    contender: Contender | None = None
+    while True:
+        try:
+            method = connection.recv()
+        except EOFError:
+            return
+        try:
+            contender = contender or Contender(task)
+            answer = True, getattr(contender, method)()
+        except Exception as error:  # whatever a compiler or a kernel raises is the finding
+            traceback.print_exc()
+            first, *_ = str(error).strip().splitlines() or [""]
+            answer = False, f"{type(error).__name__}: {first[:200]}"
+        connection.send(answer)

@@ -1,0 +1,310 @@
+"""One contender of `ternarize bench decode` and `prefill`: a model, its compiled step, the check of it and its time.
+
+A step of decode takes one token of each sequence to the next one; a step of prefill takes prompts to their first new
+token. Both are one full graph of ``torch.compile`` with ``mode="reduce-overhead"``, which makes it one CUDA graph, over
+a static cache of keys and values.
+"""
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from ternarize.backends import ternary
+from ternarize.bench.llama import Config, random_model
+from ternarize.config import Kernels, TernaryConfig
+from ternarize.explain import explain
+
+Work = Literal["decode", "prefill"]
+
+#: Tokens of each sequence that the check decodes, one after the other.
+CHECKED_STEPS = 4
+
+#: Calls before the check: Inductor runs the first, records the second as a CUDA graph and replays it from the third on.
+WARM_UP_CALLS = 3
+
+#: How much further from float32 a compiled step may be than the eager model in its own dtype, which rounds at the same
+#: places or more often.
+ERROR_FACTOR = 2.0
+
+#: The largest error that is ever allowed: beyond it the eager model is no measure of what is right either.
+LARGEST_ERROR = 0.1
+
+#: Between the host's time for a stretch of steps and the pause that the device is given to let the host run ahead; and
+#: the clock that the pause is counted by, which is about what data centre GPUs have (H200: 1.98 GHz).
+HEAD_START = 1.5
+CYCLES_PER_SECOND = 2e9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a contender has to do."""
+
+    work: Work
+    config: Config
+    """Of the model, as in config.json."""
+    ternary: TernaryConfig | None
+    """What its linear layers are made of; None for a dense model, which Inductor compiles."""
+    kernels: Kernels
+    """Of a ternary model."""
+    batch: int
+    """Sequences."""
+    prompt: int
+    """Tokens of each: to be read by a prefill, in the cache already for a decode."""
+    new_tokens: int
+    """Steps of a timed stretch of decode."""
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def tokens(self) -> int:
+        """That a step takes in or makes, all sequences together."""
+        return self.batch * (self.prompt if self.work == "prefill" else 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ready:
+    """What is known of a contender before its time."""
+
+    first_call_seconds: float
+    """From a model in memory to the tokens of the first step on the host: everything that compiles and loads."""
+    error: float
+    """Relative, against float32, the largest of logits, keys and values."""
+    allowed_error: float
+    kernels: dict[str, int]
+    """How many ternary layers each kernel runs."""
+    cuda_graph: bool
+    """Whether a CUDA graph was recorded and nothing was left out of it."""
+    resident_bytes: int
+    """Allocated on the device by weights and cache; 0 on a CPU."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """Time of one step, the mean of a stretch of them."""
+
+    seconds: float
+    """By the host's clock, from the first call to the last token."""
+    device_seconds: float | None
+    """By the device's, with its work waiting in a queue: without the host's part. None on a CPU."""
+
+
+class Contender:
+    """Makes the model of a task at once; `prepare` compiles and checks its step, `run` times it.
+
+    Raises:
+        CheckpointError: if transformers is missing or has no such model.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._model = random_model(task.config, task.ternary, dtype=task.dtype, device=task.device)
+        if task.work == "prefill":
+            _attend_causally(self._model)
+        generator = torch.Generator(task.device).manual_seed(1)
+        checked = CHECKED_STEPS if task.work == "decode" else 1
+        length = task.prompt if task.work == "prefill" else 1
+        vocabulary = int(task.config["vocab_size"])
+        self._inputs = torch.randint(vocabulary, (checked, task.batch, length), device=task.device, generator=generator)
+        self._cache = self._new_cache(task.dtype)
+        if task.work == "decode":
+            for layer in self._cache.layers:
+                layer.keys.normal_(generator=generator)
+                layer.values.normal_(generator=generator)
+        self._resident_bytes = _allocated(task.device)
+
+    @torch.no_grad()
+    def prepare(self) -> Ready:
+        """Compile the step, call it until it is one CUDA graph, and check what that writes."""
+        device = self._task.device
+        # Before anything is compiled: parameters lie elsewhere afterwards.
+        with _torch_kernels():
+            with _in_float32(self._model, self._task.dtype):
+                cache = self._new_cache(torch.float32)
+                for layer, own in zip(cache.layers, self._cache.layers, strict=True):
+                    layer.keys.copy_(own.keys)
+                    layer.values.copy_(own.values)
+                self._exact = self._outputs(self._step, cache)
+                del cache
+            rounding = self._error(self._step)
+        self._allowed = min(ERROR_FACTOR * rounding, LARGEST_ERROR)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        counters.clear()
+        self._compiled = _compile(self._step, self._task)
+        start = time.perf_counter()
+        for call in range(WARM_UP_CALLS):
+            self._rewind(self._cache)
+            self._compiled(self._inputs[0], self._cache)[0].tolist()
+            if not call:
+                first_call_seconds = time.perf_counter() - start
+        found = counters["inductor"]
+        # Recording counts its inputs, even if there is none.
+        recorded = "cudagraph_recorded_non_static_inputs" in found and not found["cudagraph_skips"]
+        return Ready(
+            first_call_seconds=first_call_seconds,
+            error=self.check(),
+            allowed_error=self._allowed,
+            kernels=explain(self._model).kernels("inference") if self._task.ternary is not None else {},
+            cuda_graph=recorded,
+            resident_bytes=self._resident_bytes,
+        )
+
+    @torch.no_grad()
+    def check(self) -> float:
+        """The error of the compiled step now, relative to float32; `Ready.allowed_error` is the bound."""
+        return self._error(self._compiled)
+
+    def peak_bytes(self) -> int:
+        """The most that was allocated on the device since the step was first compiled; 0 on a CPU."""
+        return torch.cuda.max_memory_allocated() if self._task.device.type == "cuda" else 0
+
+    @torch.no_grad()
+    def run(self) -> Stretch:
+        """Time a stretch: the new tokens of every sequence, or one prefill."""
+        steps = self._task.new_tokens if self._task.work == "decode" else 1
+        seconds = self._time_on_host(steps)
+        if self._task.device.type != "cuda":
+            return Stretch(seconds=seconds, device_seconds=None)
+        return Stretch(seconds=seconds, device_seconds=self._time_on_device(steps, HEAD_START * seconds * steps))
+
+    def _time_on_host(self, steps: int) -> float:
+        self._rewind(self._cache)
+        _synchronize(self._task.device)
+        start = time.perf_counter()
+        self._go(steps)
+        _synchronize(self._task.device)
+        return (time.perf_counter() - start) / steps
+
+    def _time_on_device(self, steps: int, pause_seconds: float) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._rewind(self._cache)
+        torch.cuda._sleep(int(pause_seconds * CYCLES_PER_SECOND))
+        start.record()
+        self._go(steps)
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) * 1e-3 / steps
+
+    def _go(self, steps: int) -> None:
+        tokens = self._inputs[0]
+        for _ in range(steps):
+            torch.compiler.cudagraph_mark_step_begin()
+            # A copy: the next replay writes where this one did.
+            tokens = self._compiled(tokens, self._cache)[0].clone()
+
+    def _step(self, tokens: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
+        """[B, L] tokens to the next ones [B, 1] and their logits [B, V]."""
+        logits = self._model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        return logits.argmax(-1, keepdim=True), logits
+
+    def _new_cache(self, dtype: torch.dtype) -> Any:
+        from transformers import StaticCache
+
+        task = self._task
+        config: Any = self._model.config
+        length = task.prompt if task.work == "prefill" else task.prompt + max(task.new_tokens, CHECKED_STEPS)
+        cache = StaticCache(config=config, max_cache_len=length)
+        heads = config.num_key_value_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        cache.early_initialization(task.batch, heads, head_dim, dtype, task.device)
+        return cache
+
+    def _rewind(self, cache: Any) -> None:
+        """To the end of the prompt, or before it: what the cache holds beyond is masked."""
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(self._task.prompt if self._task.work == "decode" else 0)
+
+    def _outputs(self, step: Any, cache: Any) -> list[Tensor]:
+        """Logits [S, B, V] of the checked steps, and what they left in the last layer of the cache."""
+        self._rewind(cache)
+        logits = []
+        for tokens in self._inputs:
+            torch.compiler.cudagraph_mark_step_begin()
+            logits.append(step(tokens, cache)[1].clone())
+        last = cache.layers[-1]
+        written = self._inputs.shape[0] * self._inputs.shape[2]
+        end = written + (self._task.prompt if self._task.work == "decode" else 0)
+        return [torch.stack(logits), *(held[:, :, end - written : end].clone() for held in (last.keys, last.values))]
+
+    def _error(self, step: Any) -> float:
+        outputs = self._outputs(step, self._cache)
+        errors = [
+            float((output.double() - exact.double()).norm() / exact.double().norm())
+            for output, exact in zip(outputs, self._exact, strict=True)
+        ]
+        # Of a list that holds NaN, max depends on the order.
+        return next((error for error in errors if error != error), max(errors))
+
+
+def _compile(step: Any, task: Task) -> Any:
+    if task.ternary is None:
+        return torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
+    # torch.compile takes a mode or options, not both: these are the options of the mode.
+    options = torch._inductor.list_mode_options("reduce-overhead") | {"kernels": task.kernels}
+    # The function, not its name: that is known of installed packages only.
+    return torch.compile(step, backend=ternary, fullgraph=True, dynamic=False, options=options)
+
+
+def _attend_causally(model: nn.Module) -> None:
+    """Let a prefill attend without a mask tensor, as it may when the cache is empty and as long as the prompt.
+
+    Traced, transformers cannot see that and builds the mask, with which PyTorch has no flash attention.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register("causal_sdpa", sdpa_attention_forward)
+    AttentionMaskInterface.register("causal_sdpa", lambda *_, **__: None)
+    model.set_attn_implementation("causal_sdpa")  # type: ignore[operator]  # a method that transformers adds
+
+
+@contextlib.contextmanager
+def _torch_kernels() -> Iterator[None]:
+    """Let ternary layers run in the reference when they are called eagerly."""
+    names = ("TERNARIZE_BACKEND", "ARB_TERNARY_BACKEND")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    os.environ.update(dict.fromkeys(names, "torch"))
+    try:
+        yield
+    finally:
+        for name in names:
+            del os.environ[name]
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _in_float32(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Let every module compute in float32, its parameters cast while it runs: a whole copy might not fit."""
+
+    def widen(module: nn.Module, _: Any) -> None:
+        module.to(torch.float32)
+
+    def narrow(module: nn.Module, *_: Any) -> None:
+        module.to(dtype)
+
+    hooks = []
+    for module in model.modules():
+        if any(parameter.is_floating_point() for parameter in module.parameters(recurse=False)):
+            hooks += [module.register_forward_pre_hook(widen), module.register_forward_hook(narrow)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,65 @@
+"""Arguments that several kinds of ``ternarize bench`` take."""
+
+import argparse
+from collections.abc import Sequence
+from typing import TypeVar, get_args
+
+import torch
+
+from ternarize.config import Activation, TernaryConfig
+from ternarize.errors import ConfigError, ShapeError
+
+Name = TypeVar("Name", bound=str)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_layer_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the ternary layers are, and the dtype of everything else."""
+    parser.add_argument(
+        "--group-size", type=int, default=128, help="weights that share an exponent; -1 for whole rows (default 128)"
+    )
+    parser.add_argument("--planes", type=int, choices=(1, 2, 3), default=1, help="trit planes (default 1)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of floats (default bfloat16)")
+
+
+def add_activation_argument(parser: argparse.ArgumentParser) -> None:
+    """How ternary layers take x."""
+    parser.add_argument(
+        "--activation",
+        type=lambda text: names_of("activations", text, get_args(Activation)),
+        default="float",
+        metavar="NAME,...",
+        help="how ternary layers take x: float, int8 (default float)",
+    )
+
+
+def ternary_config(arguments: argparse.Namespace) -> TernaryConfig:
+    """The configuration that `add_layer_arguments` describes.
+
+    Raises:
+        ConfigError: for a group size that means nothing.
+    """
+    try:
+        return TernaryConfig(planes=arguments.planes, group_size=arguments.group_size)
+    except ShapeError as error:
+        # Here a wrong group size is a wrong call.
+        raise ConfigError(f"--group-size: {error}") from None
+
+
+def positive_numbers(text: str) -> tuple[int, ...]:
+    """Numbers of tokens or sequences, as in 1,16,256."""
+    parts = text.split(",")
+    for part in parts:
+        if not part.isdecimal() or not int(part):
+            raise argparse.ArgumentTypeError(f"{part!r} is no positive number: write them as in 1,16,256")
+    return tuple(int(part) for part in parts)
+
+
+def names_of(what: str, text: str, known: Sequence[Name]) -> tuple[Name, ...]:
+    """Some of the known names, as in tilelang,triton."""
+    by_name = {str(name): name for name in known}
+    for part in text.split(","):
+        if part not in by_name:
+            raise argparse.ArgumentTypeError(f"{part!r} is not among {what}: use some of {','.join(by_name)}")
+    return tuple(by_name[part] for part in text.split(","))

@@ -151,12 +151,13 @@ def _kernel(
         return (x, [T_packed], [E], [None], [None], [None], layer.group_size)
 
     def multiply(x: Tensor, T_packed: Tensor, E: Tensor) -> Tensor:
-        outputs: list[Tensor] = op(*ops.with_status("linear", name, arguments(x, T_packed, E)))
+        outputs: list[Tensor] = op(*ops.with_status(stem, name, arguments(x, T_packed, E)))
         return outputs[0]
 
     def round_and_multiply(x: Tensor, T_packed: Tensor, E: Tensor) -> Tensor:
         q, scale = _quantize(x)
-        outputs: list[Tensor] = op(q, scale, *arguments(x, T_packed, E)[1:], x.dtype)
+        given = (q, scale, *arguments(x, T_packed, E)[1:], x.dtype)
+        outputs: list[Tensor] = op(*ops.with_status(stem, name, given))
         return outputs[0]
 
     def refusal(x: Tensor) -> str | None:

@@ -42,10 +42,11 @@ def random_tokens(*shape: int, device: str = "cuda") -> Tensor:
     return torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(1)).to(device)
 
 
-def compile_fresh(model: nn.Module, kernels: Kernels = "auto", **options: Any) -> Any:
-    """The model compiled with an empty Dynamo."""
+def compile_fresh(model: nn.Module, kernels: Kernels = "auto", *, cuda_graphs: bool = False) -> Any:
+    """The model compiled with an empty Dynamo, with CUDA graphs as by mode="reduce-overhead": that takes no options."""
     torch._dynamo.reset()
-    return torch.compile(model, backend="ternary", fullgraph=True, options={"kernels": kernels, **options})
+    options: dict[str, Any] = {"kernels": kernels, "triton.cudagraphs": cuda_graphs}
+    return torch.compile(model, backend="ternary", fullgraph=True, options=options)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

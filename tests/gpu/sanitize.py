@@ -71,7 +71,7 @@ def _of_one_input(
     status = [torch.zeros(2, dtype=torch.int32, device="cuda") for _ in layers]
     for stem in ("linear", "linear_int8"):
         facts = facts_of(stem, (x, *weights, group_size))
-        given = (x, *weights, group_size)
+        given: tuple[Any, ...] = (x, *weights, group_size)
         if stem == "linear_int8":
             given = (*quantize_activation(x), *weights, group_size, x.dtype)
         for backend in ("tilelang", "triton"):

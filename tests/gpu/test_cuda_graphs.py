@@ -35,7 +35,7 @@ def test_a_step_of_decoding_is_one_cuda_graph(kernels: Any, batch: int) -> None:
         counters.clear()
         step = torch.compile(model, backend="ternary", fullgraph=True, mode="reduce-overhead")
         if kernels != "auto":
-            step = compile_fresh(model, kernels, **{"triton.cudagraphs": True})
+            step = compile_fresh(model, kernels, cuda_graphs=True)
         cache = static_cache(model)
         # Warm-up, recording and replays; then the cache starts anew, at its old address.
         for _ in range(2):

@@ -43,7 +43,7 @@ def test_auto_replaces_the_kernel_that_writes_inf(
     with torch.inference_mode():
         expected = compile_fresh(model, "torch")(tokens).logits
         fault = faulty(model.model.layers[0].mlp.up_proj)
-        compiled = compile_fresh(model, **({"triton.cudagraphs": True} if cuda_graphs else {}))
+        compiled = compile_fresh(model, cuda_graphs=cuda_graphs)
         # A CUDA graph is recorded by the second call.
         for _ in range(3):
             assert relative_error(compiled(tokens).logits, expected) < 2e-2
@@ -62,7 +62,7 @@ def test_auto_replaces_the_kernel_that_writes_inf(
 def test_forced_tilelang_raises(cuda_graphs: bool, faulty: Callable[..., FaultyExponents]) -> None:
     model: Any = llama(torch.bfloat16).eval()
     fault = faulty(model.model.layers[0].mlp.up_proj)
-    compiled = compile_fresh(model, "tilelang", **({"triton.cudagraphs": True} if cuda_graphs else {}))
+    compiled = compile_fresh(model, "tilelang", cuda_graphs=cuda_graphs)
     with torch.inference_mode():
         for _ in range(3):
             compiled(random_tokens(2, 9))
@@ -88,8 +88,8 @@ def test_decoding_with_a_cache_switches_at_a_later_step(faulty: Callable[..., Fa
     fault = faulty(model.model.layers[1].self_attn.k_proj)
     token = random_tokens(1, 1)
     cache = static_cache(model)
-    step = torch.compile(model, backend="ternary", fullgraph=True, mode="reduce-overhead")
     torch._dynamo.reset()
+    step: Any = torch.compile(model, backend="ternary", fullgraph=True, mode="reduce-overhead")
     with torch.inference_mode():
         model(token, past_key_values=cache, use_cache=True)
         for _ in range(4):

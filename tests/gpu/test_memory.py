@@ -9,6 +9,7 @@ from torch import nn
 
 from ternarize import TernaryConfig, TernaryLinear, freeze
 from ternarize.config import Accumulator
+from ternarize.layer import ternary_layers
 
 pytestmark = pytest.mark.gpu
 
@@ -29,13 +30,14 @@ class Layers(nn.Module):
             TernaryLinear(k, n, bias=False, config=config, trainable=trainable, device="cuda", dtype=torch.bfloat16)
             for k, n in sizes
         )
-        for layer in self.layers:
+        for _, layer in ternary_layers(self):
             # Four zeros, or 1, -1, 1 and 1.
             layer.T_packed.copy_(torch.randint(2, layer.T_packed.shape, dtype=torch.uint8, device="cuda") * 0x5D)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
-            x = nn.functional.rms_norm(layer(x), (layer.out_features,))
+            y = layer(x)
+            x = nn.functional.rms_norm(y, y.shape[-1:])
         return x
 
 
@@ -69,8 +71,8 @@ def test_a_frozen_model_takes_its_packed_bytes_before_and_after_it_ran(start: in
 @pytest.mark.parametrize(("accumulator", "bits"), [("int8", 2 + 16 + 8), ("int4", 2 + 8 + 8)])
 def test_freezing_gives_back_the_training_state(start: int, accumulator: Accumulator, bits: int) -> None:
     model = Layers(1, trainable=True, accumulator=accumulator)
-    for layer in model.layers:
-        layer.prepare_training()  # type: ignore[operator]  # a TernaryLinear
+    for _, layer in ternary_layers(model):
+        layer.prepare_training()
     assert bits <= bits_a_weight(start) <= bits + 0.2
     freeze(model)
     assert bits_a_weight(start) <= BITS * TOLERANCE

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 from collections import Counter
 from collections.abc import Callable
@@ -6,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_inductor_cache
 from torch.utils.checkpoint import checkpoint
 
 from ternarize import guard
@@ -135,7 +138,7 @@ def test_what_kernels_write_to_stays_where_it_is_so_that_cuda_graphs_are_used(
     original = compile_fx.compile_fx_inner
 
     def record(graph: Any, inputs: Any, **settings: Any) -> Any:
-        result = original(graph, inputs, **settings)
+        result: Any = original(graph, inputs, **settings)
         seen.append((set(result.mutated_input_idxs), set(settings["static_input_idxs"])))
         return result
 
@@ -254,6 +257,19 @@ def test_the_guard_can_be_switched_off(
     assert layer.tilelang
     assert layer.status.tolist() == [0, 0]
     assert lowered_graphs == [Counter(linear_tilelang=1)]
+
+
+def test_a_graph_out_of_the_cache_reports_to_flags_of_its_own(block: Any, fake_tilelang: FakeTileLang) -> None:
+    x = torch.randn(2, 5, 32)
+    with fresh_inductor_cache(), torch.no_grad():
+        for broken in ([], [block.k]):
+            torch._dynamo.reset()
+            counters.clear()
+            fake_tilelang.broken = broken
+            compiled: Any = torch.compile(block, backend="ternary", fullgraph=True)
+            with pytest.warns(RuntimeWarning, match="TileLang wrote") if broken else contextlib.nullcontext():
+                torch.testing.assert_close(compiled(x), block(x))
+            assert counters["inductor"]["fxgraph_cache_hit"] == len(broken)
 
 
 class Step(nn.Module):

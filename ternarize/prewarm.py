@@ -69,7 +69,9 @@ def plan_call(
     stem = ops.LINEAR_STEM[first.activation]
     choice = choose(stem, "inference", facts, policy)
     programs: dict[Program, list[int]] = {}
-    if choice.backend == "tilelang" and stem == "linear":
+    if choice.backend == "tilelang" and stem != "linear":
+        choice = Choice(choice.backend, f"kernels of {stem} are not made ahead, but at the first call")
+    elif choice.backend == "tilelang":
         from ternarize.backends.tilelang.linear import layer_shapes, program_for
 
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -12,8 +12,11 @@ import torch
 
 from ternarize.backends.select import _choose
 from ternarize.backends.tilelang import WITHOUT_NVCC, finds_nvcc
+from ternarize.checkpoint.format import PackedLayer
 from ternarize.cli import FAILURE, OK, USAGE, main
 from ternarize.cli.prewarm import _ranges, _tokens
+from ternarize.config import TernaryConfig
+from ternarize.prewarm import plan_call
 
 pytest.importorskip("tilelang", reason="TileLang is for Linux")
 
@@ -120,3 +123,13 @@ def test_tokens_are_read_and_shown_as_ranges() -> None:
     assert _tokens("64,1-3,2") == (1, 2, 3, 64)
     assert _ranges([1, 2, 3, 64]) == "1-3,64"
     assert _ranges(list(_tokens("all"))) == "1-8192"
+
+
+@needs_nvcc
+@pytest.mark.skipif(torch.cuda.is_available(), reason="chooses for Hopper")
+def test_kernels_for_int8_activations_are_said_to_be_left(fresh_choices: None) -> None:
+    call = (PackedLayer(TernaryConfig(activation="int8"), in_features=128, out_features=64),)
+    planned = plan_call(call, [1], torch.bfloat16, "auto", (9, 0))
+    assert planned.choice.backend == "tilelang"
+    assert planned.choice.reason == "kernels of linear_int8 are not made ahead, but at the first call"
+    assert planned.programs == {}

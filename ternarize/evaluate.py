@@ -67,7 +67,7 @@ def load(
         CheckpointError: if ``path`` is none of these, is damaged, has no tokenizer, or transformers is missing.
     """
     path = Path(path)
-    transformers = _transformers()
+    transformers = require_transformers()
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: give a folder with config.json, or a .gguf file")
     if path.suffix == ".gguf":
@@ -76,7 +76,7 @@ def load(
         folder, source = path, {}
     else:
         raise CheckpointError(f"{path} is no model: give a folder with config.json, or a .gguf file")
-    with _without_progress_bars(transformers):
+    with without_progress_bars(transformers):
         model, tokenizer = _load(transformers, path, folder, source, dtype)
     # Only the floating-point parameters change: the integers of ternary layers keep their dtypes.
     return model.to(device=device or default_device(), dtype=dtype).eval(), tokenizer
@@ -144,7 +144,7 @@ def perplexity(
 
 
 @contextmanager
-def _without_progress_bars(transformers: ModuleType) -> Iterator[None]:
+def without_progress_bars(transformers: ModuleType) -> Iterator[None]:
     """Errors and JSON must not share the terminal with the bars of a load that takes seconds."""
     logging = transformers.utils.logging
     shown = logging.is_progress_bar_enabled()
@@ -156,7 +156,12 @@ def _without_progress_bars(transformers: ModuleType) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _transformers() -> ModuleType:
+def require_transformers() -> ModuleType:
+    """The package transformers, which is an optional dependency.
+
+    Raises:
+        CheckpointError: if it is not there.
+    """
     try:
         return importlib.import_module("transformers")
     except ImportError as error:

@@ -172,8 +172,17 @@ def _kernel(
     )
 
 
-#: As in a compiled graph, but for what comes before x there: one kernel instead of none.
-_quantize = torch.compile(quantize_activation, dynamic=True)
+_compiled_quantize = torch.compile(quantize_activation, dynamic=False)
+
+
+def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As in a compiled graph, but for what comes before x there: one kernel instead of none.
+
+    Compiled for every shape: a bench has more of them than Dynamo would allow.
+    """
+    with torch._dynamo.config.patch(recompile_limit=1024):
+        q, scale = _compiled_quantize(x)
+    return q, scale
 
 
 def _rounded_to_int8(x: Tensor) -> Tensor:

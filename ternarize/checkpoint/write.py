@@ -72,8 +72,8 @@ def new_folder(destination: Path, *, force: bool) -> Iterator[Path]:
     try:
         yield partial
         for file in partial.iterdir():
-            _sync(file)
-        _sync(partial)
+            sync(file)
+        sync(partial)
         if target.exists():
             target.rename(replaced)
         try:
@@ -82,14 +82,15 @@ def new_folder(destination: Path, *, force: bool) -> Iterator[Path]:
             if replaced.exists():
                 replaced.rename(target)
             raise
-        _sync(target.parent)
+        sync(target.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,5 +1,6 @@
 """What a measurement ran on, for the verbs that report it."""
 
+import argparse
 import importlib.metadata
 import platform
 import shutil
@@ -30,6 +31,17 @@ def _driver() -> str | None:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     answer = subprocess.run(query, capture_output=True, text=True, check=False)
     return answer.stdout.split("\n")[0].strip() or None
+
+
+def device_argument(text: str) -> torch.device:
+    """A device by its name, for --device."""
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device: write cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"there is no {text}: PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    return device
 
 
 def describe(device: torch.device) -> dict[str, Any]:

@@ -1,0 +1,50 @@
+"""The curves of one or several runs as a picture."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ternarize.errors import ConfigError
+
+
+def read_log(log: Path, last_step: int | None = None) -> list[dict[str, Any]]:
+    """The records of a log.jsonl, up to a step; a line that was cut off is left out."""
+    records = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if last_step is not None and record["step"] > last_step:
+            break
+        records.append(record)
+    return records
+
+
+def draw_curves(runs: Mapping[str, list[dict[str, Any]]], file: Path) -> None:
+    """Draw training losses (thin) and validation losses (with points) over steps, as a PNG.
+
+    Args:
+        runs: records of logs by what to call them.
+        file: to write.
+
+    Raises:
+        ConfigError: without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("drawing curves needs matplotlib: pip install 'ternarize[train]'") from None
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, records) in enumerate(runs.items()):
+        trained = [(r["step"], r["loss"]) for r in records if r["loss"] is not None]
+        validated = [(r["step"], r["validation"]) for r in records if r["validation"] is not None]
+        axes.plot(*zip(*trained, strict=True), color=f"C{i}", alpha=0.3, linewidth=0.8)
+        axes.plot(*zip(*validated, strict=True), color=f"C{i}", marker=".", label=name)
+    axes.set_xlabel("steps")
+    axes.set_ylabel("nats a token; points: validation")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=120)

@@ -12,17 +12,16 @@ from ternarize.backends.tilelang.hopper import TARGET
 from ternarize.backends.tilelang.layers import Dtype
 from ternarize.backends.tilelang.linear import _aligned
 from ternarize.backends.tilelang.linear_int8_decode import Int8DecodeTile, choose_int8_decode_tile, int8_decode_program
-from ternarize.backends.tilelang.linear_int8_wgmma import choose_int8_wgmma_tile, int8_wgmma_program
-from ternarize.backends.tilelang.linear_wgmma import Tile
+from ternarize.backends.tilelang.linear_int8_wgmma import Int8Tile, choose_int8_wgmma_tile, int8_wgmma_program
 
 
-def choose_tile(M: int, N: int, K: int, g: int) -> Tile | Int8DecodeTile:
+def choose_tile(M: int, N: int, K: int, g: int) -> Int8Tile | Int8DecodeTile:
     """Which of the two programs a call runs, and its sizes."""
     return choose_int8_decode_tile(M, N, K, g) or choose_int8_wgmma_tile(M, N, K, g)
 
 
 @functools.cache
-def _compiled(N: int, K: int, g: int, dtype: Dtype, has_bias: bool, tile: Tile | Int8DecodeTile) -> Callable[..., None]:
+def _compiled(N: int, K: int, g: int, dtype: Dtype, has_bias: bool, tile: Int8Tile | Int8DecodeTile) -> Callable[..., None]:
     """The kernel for one layer shape, built once a process; TileLang keeps compiled kernels on disk between them."""
     if isinstance(tile, Int8DecodeTile):
         program = int8_decode_program(N, K, dtype, has_bias=has_bias, tile=tile)

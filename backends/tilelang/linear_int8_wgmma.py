@@ -10,12 +10,27 @@ import tilelang.language as T
 
 from ternarize.backends.tilelang.hopper import MULTIPROCESSORS
 from ternarize.backends.tilelang.layers import Dtype
-from ternarize.backends.tilelang.linear_wgmma import Tile
 
 SOURCE = Path(__file__).with_name("linear_int8_wgmma.cuh").read_text()
 
 
-def int8_wgmma_program(N: int, K: int, g: int, dtype: Dtype, *, has_bias: bool, tile: Tile) -> Any:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Int8Tile:
+    """How the work is shared out."""
+
+    BLOCK_M: int
+    """Tokens of a tile."""
+    BLOCK_N: int
+    """Outputs of a tile: 64 for each warpgroup."""
+    stages: int
+    """Steps along K, of one scale group each, that are in flight."""
+    split: int = 1
+    """Blocks of the cluster, among which K is split: a divisor of the groups a row and of BLOCK_M."""
+    blocks_per_multiprocessor: int = 1
+    """Blocks that fit a multiprocessor at a time: what bounds the registers of a thread."""
+
+
+def int8_wgmma_program(N: int, K: int, g: int, dtype: Dtype, *, has_bias: bool, tile: Int8Tile) -> Any:
     """The program for layers of one shape and any number of tokens.
 
     It computes yᵀ = W · qᵀ: the trits are decoded in registers, straight into the int8 operand A of wgmma, and the
@@ -161,10 +176,10 @@ def int8_wgmma_program(N: int, K: int, g: int, dtype: Dtype, *, has_bias: bool, 
 
 
 #: A few tokens: reading the weight is most of the time.
-_NARROW = Tile(BLOCK_M=16, BLOCK_N=64, stages=6, blocks_per_multiprocessor=2)
-_MIDDLE = Tile(BLOCK_M=64, BLOCK_N=64, stages=6, blocks_per_multiprocessor=2)
-_WIDE = Tile(BLOCK_M=128, BLOCK_N=128, stages=5)
-_WIDEST = Tile(BLOCK_M=256, BLOCK_N=128, stages=5)
+_NARROW = Int8Tile(BLOCK_M=16, BLOCK_N=64, stages=6, blocks_per_multiprocessor=2)
+_MIDDLE = Int8Tile(BLOCK_M=64, BLOCK_N=64, stages=6, blocks_per_multiprocessor=2)
+_WIDE = Int8Tile(BLOCK_M=128, BLOCK_N=128, stages=5)
+_WIDEST = Int8Tile(BLOCK_M=256, BLOCK_N=128, stages=5)
 
 TILES = (_NARROW, _MIDDLE, _WIDE, _WIDEST)
 
@@ -172,7 +187,7 @@ TILES = (_NARROW, _MIDDLE, _WIDE, _WIDEST)
 _LEAST_STEPS = 16
 
 
-def choose_int8_wgmma_tile(M: int, N: int, K: int, g: int) -> Tile:
+def choose_int8_wgmma_tile(M: int, N: int, K: int, g: int) -> Int8Tile:
     """The sizes of the program for M tokens: the largest tile that they fill, K split where blocks are too few."""
     tile = next((tile for tile in TILES if M <= tile.BLOCK_M), _WIDEST)
     if g > 128:

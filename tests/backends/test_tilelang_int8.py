@@ -178,10 +178,10 @@ def test_a_decode_tile_shares_out_all_work_and_fits(M: int, N: int, K: int) -> N
 
 def test_more_tokens_and_other_groups_go_to_wgmma() -> None:
     from ternarize.backends.tilelang.linear_int8 import choose_tile
-    from ternarize.backends.tilelang.linear_wgmma import Tile
+    from ternarize.backends.tilelang.linear_int8_wgmma import Int8Tile
 
     for M, g in ((17, 128), (1, 64)):
-        assert isinstance(choose_tile(M, 4096, 4096, g), Tile)
+        assert isinstance(choose_tile(M, 4096, 4096, g), Int8Tile)
 
 
 # What is computed.

@@ -19,7 +19,7 @@ from ternarize.config import Kernels, flag, kernels_policy
 from ternarize.errors import ConfigError
 from ternarize.layer import TernaryLinear
 from ternarize.passes.insert_finite_guard import GuardOutputPass, layer_calls
-from ternarize.passes.lower_ternary import choose_node
+from ternarize.passes.lower_ternary import choose_node, guarded_by, lowered_values
 from ternarize.passes.manager import JointPasses, PostGradPasses, run_on_dynamo_graph
 
 Layers = dict[fx.Node, TernaryLinear]
@@ -43,6 +43,7 @@ def compile_graph(
     guards = GuardOutputPass(lambda node: guarding and choose_node(node, phase, policy).backend == "tilelang")
     guards(graph_module.graph)
     graph_module.recompile()
+    _start_kernels(graph_module, phase, policy)
 
     def compile_part(graph: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
         part: Phase = "inference" if settings.get("is_inference") else "training"
@@ -91,6 +92,18 @@ def _record_choices(graph_module: fx.GraphModule, layers: Layers, phase: Phase, 
         for status in statuses:
             if status in layers:
                 layers[status].choices[phase] = (choice.backend, choice.reason)
+
+
+def _start_kernels(graph_module: fx.GraphModule, phase: Phase, policy: Kernels) -> None:
+    """Have the TileLang kernels of all calls compiled side by side, while Inductor compiles the rest of the graph."""
+    for node, _ in layer_calls(graph_module.graph):
+        stem, values = lowered_values(node)
+        if stem == "linear" and choose_node(node, phase, policy).backend == "tilelang":
+            # TileLang takes a second to import.
+            from ternarize.backends.tilelang.linear import prepare
+
+            x, T_packed, _, E_mantissa, bias, _, group_size = values
+            prepare(x, T_packed, E_mantissa, bias, group_size, guarded=bool(guarded_by(node)))
 
 
 def _layers(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Layers:

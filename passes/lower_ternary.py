@@ -122,9 +122,15 @@ def _write_quantizer(graph: fx.Graph, x: fx.Node) -> tuple[Any, Any]:
 
 def choose_node(node: fx.Node, phase: Phase, policy: Kernels) -> Choice:
     """The kernel for a call of `linear`, `linear_train` or `grad_input`, in a Dynamo graph or a later one."""
-    stem, args = lowered_arguments(node)
+    stem, values = lowered_values(node)
     tilelang = not calls(node, torch.ops.ternarize.linear) or bool(node.args[-1])
-    return choose(stem, phase, facts_of(stem, [_value(argument) for argument in args]), policy, tilelang=tilelang)
+    return choose(stem, phase, facts_of(stem, values), policy, tilelang=tilelang)
+
+
+def lowered_values(node: fx.Node) -> tuple[str, list[Any]]:
+    """`lowered_arguments` with fake tensors in place of nodes."""
+    stem, args = lowered_arguments(node)
+    return stem, [_value(argument) for argument in args]
 
 
 def _value(argument: Any) -> Any:

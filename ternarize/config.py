@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from pathlib import Path
 from typing import Literal, get_args
 
 from ternarize.errors import ConfigError
@@ -106,3 +107,10 @@ def flag(name: str, old_name: str, *, default: bool) -> bool:
     if value not in ("0", "1"):
         raise ConfigError(f"{name} is {value!r}: use 0 or 1")
     return value == "1"
+
+
+def cache_dir() -> Path:
+    """Where measured choices are kept: TERNARIZE_CACHE_DIR, or ternarize in the user's XDG cache directory."""
+    own = os.environ.get("TERNARIZE_CACHE_DIR")
+    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(own or Path(shared) / "ternarize").expanduser()

@@ -55,7 +55,7 @@ def test_the_wheel_holds_one_package_with_passes_backends_and_data(wheel: Path) 
     modules = {
         str(file.relative_to(ROOT))
         for folder in ("passes", "backends")
-        for pattern in ("*.py", "*.cuh")
+        for pattern in ("*.py", "*.cuh", "*.json")
         for file in (ROOT / folder).rglob(pattern)
     }
     assert len(modules) > 10

@@ -22,7 +22,14 @@ GROUP_SIZES = (32, 64, 128, 256)
 MOST_INT8_COLUMNS = 2**17
 
 
-def _finds_nvcc() -> bool:
+#: What a machine without nvcc gets, and how it gets nvcc, in a place where `finds_nvcc` looks.
+WITHOUT_NVCC = (
+    "there is no nvcc, with which TileLang compiles: inference on Hopper runs Triton kernels instead, on a CPU torch; "
+    "pip install 'tilelang[nvcc]' brings the package nvidia-cuda-nvcc, or put a CUDA toolkit's nvcc on PATH"
+)
+
+
+def finds_nvcc() -> bool:
     """Whether TileLang will find nvcc, in the places and the order of tilelang.env."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home:
@@ -71,7 +78,7 @@ def verify(stem: str, facts: "Facts") -> tuple[bool, str]:
             f"in_features is {K}, int8 products need fewer than {MOST_INT8_COLUMNS} for sums of 32 bits",
         ),
         (importlib.util.find_spec("tilelang") is None, "the package tilelang is not installed"),
-        (not _finds_nvcc(), "TileLang compiles with nvcc, and there is none on PATH or under CUDA_HOME"),
+        (not finds_nvcc(), "TileLang compiles with nvcc, and there is none on PATH or under CUDA_HOME"),
     ):
         if refused:
             return False, reason

@@ -4,6 +4,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,12 @@ def choose_decode_tile(
     g: int,
     dtype: Dtype,  # noqa: ARG001  # the arguments of choose_wgmma_tile
 ) -> DecodeTile | None:
-    """The sizes of linear_decode.cuh for up to 16 tokens, or None for a call that it does not serve.
+    """The first of `decode_tiles`, or None for a call that linear_decode.cuh does not serve."""
+    return next(decode_tiles(M, layers, K, g), None)
+
+
+def decode_tiles(M: int, layers: tuple[LayerShape, ...], K: int, g: int) -> Iterator[DecodeTile]:
+    """The sizes of linear_decode.cuh that fit a call of up to 16 tokens, the preferred ones first.
 
     It serves rows that are a multiple of 16 packed bytes, groups that are whole rows, 64 or a multiple of 128, and
     layers that agree in planes and mantissa.
@@ -171,7 +177,7 @@ def choose_decode_tile(
         or (g != 64 and g % 128 != 0 and g != K)
         or any((layer.planes, layer.mantissa) != (first.planes, first.mantissa) for layer in layers)
     ):
-        return None
+        return
     tokens = next(tokens for tokens in (1, 2, 4, 8, 16) if tokens >= M)
     # Copies far ahead before few blocks to share x.
     for stages, cluster in itertools.product((4, 2, 1), (1, 2, 4, 8)):
@@ -192,8 +198,7 @@ def choose_decode_tile(
             K,
         )
         if tile is not None and tile.shared_bytes(layers, K, g) <= SHARED_BYTES:
-            return tile
-    return None
+            yield tile
 
 
 def _shared_out(tile: DecodeTile, layers: tuple[LayerShape, ...], K: int) -> DecodeTile | None:

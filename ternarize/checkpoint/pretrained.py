@@ -99,6 +99,17 @@ def from_pretrained(
     return model.to(device).eval()
 
 
+def empty_pretrained(checkpoint: PackedCheckpoint) -> nn.Module:
+    """The transformers model of a packed folder on the meta device, for its shapes: its weights are not read.
+
+    Raises:
+        CheckpointError: if the folder names no model of transformers, or does not fit it.
+    """
+    model = empty_model(checkpoint.config or {})
+    _swap(model, checkpoint, device="meta", dtype=None, trainable=False)
+    return model
+
+
 def load_into(model: nn.Module, directory: str | Path, *, trainable: bool = False) -> nn.Module:
     """Load a packed folder into a module of the same structure; its linear layers become ternary where the file says.
 

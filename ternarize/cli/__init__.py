@@ -14,7 +14,7 @@ from ternarize.checkpoint.format import tool_version
 from ternarize.cli.output import Output
 from ternarize.errors import ConfigError, TernarizeError
 
-VERBS = ("convert", "inspect", "train", "eval", "generate", "bench", "smoke", "doctor")
+VERBS = ("convert", "inspect", "train", "eval", "generate", "bench", "prewarm", "smoke", "doctor")
 
 OK, FAILURE, USAGE = 0, 1, 2
 

@@ -11,10 +11,11 @@ from rich.table import Table
 from torch import Tensor
 
 from ternarize import ops
+from ternarize.backends import tilelang
 from ternarize.backends.select import Phase, choose, facts_of, verify
 from ternarize.cli.machine import describe, versions
 from ternarize.cli.output import Output
-from ternarize.config import Kernels, TernaryConfig, kernels_policy
+from ternarize.config import Kernels, TernaryConfig, cache_dir, kernels_policy
 from ternarize.errors import KernelError
 from ternarize.evaluate import default_device
 from ternarize.layer import TernaryLinear
@@ -47,6 +48,7 @@ def run(_: argparse.Namespace, output: Output) -> dict[str, Any]:
         "choices": choices,
         "backends": checks,
         "tools": {tool: shutil.which(tool) for tool in ("nvcc", "gcc")},
+        "missing": None if tilelang.finds_nvcc() else tilelang.WITHOUT_NVCC,
         "caches": _caches(),
         # TileLang alone does not cover training: a policy of tilelang is fine as long as inference runs.
         "ok": choices["inference"]["backend"] is not None and all(checks[name]["status"] == "PASS" for name in used),
@@ -56,12 +58,13 @@ def run(_: argparse.Namespace, output: Output) -> dict[str, Any]:
 
 
 def _caches() -> dict[str, dict[str, Any]]:
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    from torch._inductor.runtime.cache_dir_utils import cache_dir as inductor_dir
 
-    folders = {
-        "inductor": cache_dir(),
+    folders: dict[str, str | Path] = {
+        "inductor": inductor_dir(),
         "triton": os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache"),
         "tilelang": os.environ.get("TILELANG_CACHE_DIR", "~/.tilelang/cache"),
+        "ternarize": cache_dir(),
     }
     caches = {}
     for name, folder in folders.items():
@@ -173,3 +176,5 @@ def _print(report: dict[str, Any], output: Output) -> None:
         colour = colours[check["status"]]
         kernels.add_row(backend, f"[{colour}]{check['status']}[/{colour}]", check["reason"])
     output.console.print(kernels)
+    if report["missing"] is not None:
+        output.console.print(report["missing"], markup=False, highlight=False, soft_wrap=True)

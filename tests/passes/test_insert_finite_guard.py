@@ -110,6 +110,7 @@ def fake_tilelang(monkeypatch: pytest.MonkeyPatch) -> FakeTileLang:
     monkeypatch.setattr("ternarize.passes.lower_ternary.choose", choose)
     monkeypatch.setattr("ternarize.backends.select.choose", choose)
     monkeypatch.setattr(tilelang_linear, "linear", fake)
+    monkeypatch.setattr(tilelang_linear, "prepare", lambda *_, **__: None)
     return fake
 
 

@@ -1,0 +1,62 @@
+"""Programs to kernels: built once a process, in parallel where several are wanted.
+
+TileLang keeps compiled kernels on disk. A kernel that is there takes some ten milliseconds, most of them to trace its
+program, whose text is the key; processes that compile the same kernel at the same time end up with one of the results.
+"""
+
+import dataclasses
+import functools
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import tilelang
+
+from ternarize.backends.tilelang.hopper import TARGET
+from ternarize.backends.tilelang.layers import Dtype, LayerShape
+from ternarize.backends.tilelang.linear_decode import DecodeTile, decode_program
+from ternarize.backends.tilelang.linear_wgmma import Tile, wgmma_program
+
+Kernel = Callable[..., None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """All that a kernel depends on."""
+
+    layers: tuple[LayerShape, ...]
+    K: int
+    g: int
+    """Weights a scale group; K for whole rows."""
+    dtype: Dtype
+    guarded: bool
+    """Whether it reports outputs that are not finite."""
+    tile: DecodeTile | Tile
+
+
+def compile_program(program: Program) -> Kernel:
+    """Trace a program, then compile it or load it from TileLang's cache. Any number of threads may."""
+    make: Any = decode_program if isinstance(program.tile, DecodeTile) else wgmma_program
+    function = make(program.layers, program.K, program.g, program.dtype, guarded=program.guarded, tile=program.tile)
+    kernel: Kernel = tilelang.compile(function, target=TARGET)
+    return kernel
+
+
+_kernels: dict[Program, Future[Kernel]] = {}
+_lock = threading.Lock()
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    # Threads are enough: lowering releases the GIL and nvcc is a process.
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="ternarize-compile")
+
+
+def start(program: Program) -> Future[Kernel]:
+    """Begin to build a kernel in the background, unless that was begun before."""
+    with _lock:
+        if program not in _kernels:
+            _kernels[program] = _pool().submit(compile_program, program)
+        return _kernels[program]

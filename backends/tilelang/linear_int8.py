@@ -11,22 +11,13 @@ from torch import Tensor
 from ternarize.backends.tilelang.hopper import TARGET
 from ternarize.backends.tilelang.layers import Dtype
 from ternarize.backends.tilelang.linear import _aligned
-from ternarize.backends.tilelang.linear_int8_decode import Int8DecodeTile, choose_int8_decode_tile, int8_decode_program
 from ternarize.backends.tilelang.linear_int8_wgmma import Int8Tile, choose_int8_wgmma_tile, int8_wgmma_program
 
 
-def choose_tile(M: int, N: int, K: int, g: int) -> Int8Tile | Int8DecodeTile:
-    """Which of the two programs a call runs, and its sizes."""
-    return choose_int8_decode_tile(M, N, K, g) or choose_int8_wgmma_tile(M, N, K, g)
-
-
 @functools.cache
-def _compiled(N: int, K: int, g: int, dtype: Dtype, has_bias: bool, tile: Int8Tile | Int8DecodeTile) -> Callable[..., None]:
+def _compiled(N: int, K: int, g: int, dtype: Dtype, has_bias: bool, tile: Int8Tile) -> Callable[..., None]:
     """The kernel for one layer shape, built once a process; TileLang keeps compiled kernels on disk between them."""
-    if isinstance(tile, Int8DecodeTile):
-        program = int8_decode_program(N, K, dtype, has_bias=has_bias, tile=tile)
-    else:
-        program = int8_wgmma_program(N, K, g, dtype, has_bias=has_bias, tile=tile)
+    program = int8_wgmma_program(N, K, g, dtype, has_bias=has_bias, tile=tile)
     kernel: Callable[..., None] = tilelang.compile(program, target=TARGET)
     return kernel
 
@@ -45,7 +36,7 @@ def linear_int8(
 ) -> list[Tensor]:
     """Linear layers that share their quantised input; see `ternarize.ops` for shapes, `verify` for what is accepted.
 
-    Sums are exact in int32, or in float32 over groups for a few tokens; rounds once, to ``dtype``.
+    Sums are exact in int32; rounds once, to ``dtype``.
     """
     K = q.shape[-1]
     g = group_size if group_size > 0 else K
@@ -63,6 +54,6 @@ def linear_int8(
             if b is not None and exponent is not None:
                 arguments += [b, exponent]
             N = y.shape[-1]
-            kernel = _compiled(N, K, g, name, b is not None, choose_tile(M, N, K, g))
+            kernel = _compiled(N, K, g, name, b is not None, choose_int8_wgmma_tile(M, N, K, g))
             kernel(*arguments, y.view(-1, N))
     return outputs

@@ -62,24 +62,6 @@ def test_packed_bytes_are_the_operand_that_the_wgmma_kernel_takes_them_for(g: in
                 assert _bytes(register) == columns[plane * words + i]
 
 
-def test_packed_bytes_are_the_operand_that_the_decode_kernel_takes_them_for() -> None:
-    T = torch.randint(-1, 2, (1, 128), dtype=torch.int8)
-    packed = pack(T, 128)[0]
-    for lane in range(4):
-        for i in range(2):
-            word = _word(packed, 8 * lane + 4 * i)
-            for plane in range(4):
-                first = 32 * plane + 8 * lane + 4 * i
-                assert _bytes((word << (6 - 2 * plane)) & 0xC0C0C0C0) == (T[0, first : first + 4] * 64).tolist()
-
-
-def test_a_sum_of_a_group_is_read_as_float_without_rounding() -> None:
-    # In units of 1/64, from the bits of 1.5 · 2^17; 128 products of 64 and 128 are the largest sum.
-    sums = torch.tensor([0, 64, -64, 2**20, -(2**20), 640], dtype=torch.int32)
-    floats = (sums + 0x48400000).view(torch.float32) - 196608.0
-    assert torch.equal(floats, sums / 64)
-
-
 def test_verify_knows_how_long_an_int32_sum_may_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "nvcc").touch()
@@ -141,47 +123,6 @@ def test_the_wgmma_kernel_multiplies_registers_and_compiles(
     # A few registers of the block that is seldom run may be spilled; ptxas also says where it serialises wgmma.
     assert all(int(spilled) <= 64 for spilled in re.findall(r"(\d+) bytes spill", report))
     assert "C75" not in report
-
-
-@pytest.mark.parametrize(("M", "N", "K", "has_bias"), [(1, 4096, 4096, False), (16, 333, 1152, True)])
-def test_the_decode_kernel_gets_its_arguments_in_order_and_compiles(
-    tmp_path: Path, M: int, N: int, K: int, has_bias: bool
-) -> None:
-    from ternarize.backends.tilelang.linear_int8_decode import choose_int8_decode_tile, int8_decode_program
-
-    tile = choose_int8_decode_tile(M, N, K, 128)
-    assert tile is not None
-    source, report = _compile(int8_decode_program(N, K, "float16", has_bias=has_bias, tile=tile), tmp_path)
-    call = source[source.rindex("ternarize::linear_int8_decode<") :].split(";")[0]
-    pointers = [name.strip("&()") for name in re.findall(r"&\(\w+", call)]
-    assert pointers == ["q", "scale", "T_packed", "E", "y", "shared"] + ["bias", "bias_exponent"] * has_bias
-    assert "cudaGridDependencySynchronize" in source
-    assert all(int(spilled) == 0 for spilled in re.findall(r"(\d+) bytes spill", report))
-
-
-# How the work is shared out.
-
-
-@pytest.mark.parametrize(("M", "N", "K"), [(1, 4096, 4096), (16, 4096, 4096), (8, 8192, 28672), (16, 8192, 28672)])
-def test_a_decode_tile_shares_out_all_work_and_fits(M: int, N: int, K: int) -> None:
-    from ternarize.backends.tilelang.linear_int8_decode import choose_int8_decode_tile
-
-    tile = choose_int8_decode_tile(M, N, K, 128)
-    assert tile is not None
-    assert M <= tile.TOKENS
-    steps, rest = divmod(K // 128, tile.STEP)
-    assert rest == 0
-    assert steps >= tile.CLUSTER * tile.K_WARPS
-    assert tile.row_blocks(N) >= tile.CLUSTERS
-    assert tile.blocks_per_multiprocessor * (tile.shared_bytes(N, K) + 1024) <= 228 * 1024
-
-
-def test_more_tokens_and_other_groups_go_to_wgmma() -> None:
-    from ternarize.backends.tilelang.linear_int8 import choose_tile
-    from ternarize.backends.tilelang.linear_int8_wgmma import Int8Tile
-
-    for M, g in ((17, 128), (1, 64)):
-        assert isinstance(choose_tile(M, 4096, 4096, g), Int8Tile)
 
 
 # What is computed.

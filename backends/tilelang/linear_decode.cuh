@@ -19,7 +19,11 @@
 //
 // Digits. For one to four tokens most columns of B would be empty. There x is split, exactly where no element of its
 // chunk is 2^19 times another, into DIGITS digits of base 128, one column each, and mma.m16n8k32 of int8 takes four
-// trits a register: 64 T, the code in the top two bits of a byte.
+// trits a register: 64 T, the code in the top two bits of a byte. Activations that are int8 already are one digit, whose
+// scale, one a token, goes onto the finished sum.
+//
+// Sums of int8 products are integers in units of 1/64. They start from the bits of 1.5 · 2^17, of which one unit in the
+// last place is 1/64: read as float32 they are 1.5 · 2^17 plus the sum, which subtracting makes exact.
 //
 // Work. A thread block cluster owns consecutive row blocks. K is split over its blocks, and within a block over its
 // K_WARPS, each of which keeps its accumulators until its part of K is summed and leaves them in the shared memory of
@@ -38,6 +42,20 @@ constexpr int LINE_BYTES = 128;  // of a row and a step
 __device__ __forceinline__ float exp2_int(int exponent) { return __int_as_float((exponent + 127) << 23); }
 // 2^(E - 1). At E = -126 it is 2^-127, which is subnormal.
 __device__ __forceinline__ float half_scale(int E) { return __int_as_float(max((E + 126) << 23, 0x00400000)); }
+// 2^(E - INT8_SHIFT), subnormal for the least E. A sum over q takes 24 bits for K below 2^17, so that this is the one
+// shift for which no sum overflows at E = 127, and none needs bits below the last of float32 at E = -126.
+constexpr int INT8_SHIFT = 23;
+__device__ __forceinline__ float shifted_scale(int E) {
+  return __int_as_float(E > INT8_SHIFT - 127 ? (E - INT8_SHIFT + 127) << 23 : 1 << (E - INT8_SHIFT + 149));
+}
+
+// What the sums of a group start from, and the numbers that they then are.
+template <typename Accumulator>
+constexpr Accumulator ORIGIN = 0;
+template <>
+constexpr int ORIGIN<int> = 0x48400000;
+__device__ __forceinline__ float group_value(float sum) { return sum; }
+__device__ __forceinline__ float group_value(int sum) { return __int_as_float(sum) - __int_as_float(ORIGIN<int>); }
 
 // The tensors of a layer, as the host passes them; null for those that it does not have.
 struct Layer {
@@ -48,7 +66,7 @@ struct Layer {
   const int* bias;          // [N]
   const int8_t* bias_exponent;
   int* status;  // [2], of a guarded call
-  void* y;      // [M, N] of Float
+  void* y;      // [M, N] of Y
 };
 __device__ __forceinline__ Layer layer(int N, const void* T_packed, const void* E, const void* E_mantissa,
                                        const void* bias, const void* bias_exponent, void* status, void* y) {
@@ -95,15 +113,17 @@ struct GroupValues {
   }
 };
 
-// Arguments: x [M, K] of Float, and the layers; x, T_packed, E and E_mantissa 16-byte aligned, M from 1 to TOKENS, K a
-// multiple of 64. ``shared``: DecodeTile.shared_bytes (linear_decode.py).
+// Arguments: x [M, K] of X, scale float32 [M] of x in int8 and null otherwise, and the layers; x, T_packed, E and
+// E_mantissa 16-byte aligned, M from 1 to TOKENS, K a multiple of 64. ``shared``: DecodeTile.shared_bytes
+// (linear_decode.py).
 //
-// Float: __nv_bfloat16 or __half. TOKENS: 1, 2, 4, 8 or 16. DIGITS: 0, or 2 or 4 for groups of 128 and more of one
-// trit plane. TILES: mma tiles of 16 rows in a row block. STAGES, WARPS, K_WARPS, CLUSTER: above. CLUSTERS:
-// how many clusters there are. GROUP: 64, a multiple of 128, or K. MANTISSA_BYTES: of an E_mantissa, or 0.
-template <typename Float, int TOKENS, int DIGITS, int TILES, int STAGES, int WARPS, int K_WARPS, int CLUSTER,
+// Y: __nv_bfloat16 or __half. X: the same, or int8_t. TOKENS: 1, 2, 4, 8 or 16. DIGITS: 1 for int8; else 0, or 2 or 4
+// for groups of 128 and more of one trit plane. TILES: mma tiles of 16 rows in a row block. STAGES, WARPS, K_WARPS,
+// CLUSTER: above. CLUSTERS: how many clusters there are. GROUP: 64, a multiple of 128, or K. PLANES, MANTISSA_BYTES:
+// trit planes and bytes of an E_mantissa, for int8 1 and 0.
+template <typename X, typename Y, int TOKENS, int DIGITS, int TILES, int STAGES, int WARPS, int K_WARPS, int CLUSTER,
           int CLUSTERS, int K, int GROUP, int PLANES, int MANTISSA_BYTES, bool GUARDED, typename... Layers>
-__device__ __forceinline__ void linear_decode(const void* x, void* shared, int M, Layers... layers) {
+__device__ __forceinline__ void linear_decode(const void* x, const void* scale, void* shared, int M, Layers... layers) {
   constexpr int ROWS = 16 * TILES;
   constexpr int COLUMNS = TOKENS * (DIGITS ? DIGITS : 1);
   constexpr int COLUMN_TILES = (COLUMNS + 7) / 8;
@@ -119,7 +139,9 @@ __device__ __forceinline__ void linear_decode(const void* x, void* shared, int M
   constexpr int MANTISSA_AT = E_AT + ROWS * Exponents::WORDS * 4;
   constexpr int STAGE_BYTES = MANTISSA_AT + (MANTISSA_BYTES ? ROWS * Mantissas::WORDS * 4 : 0);
   using Accumulator = std::conditional_t<DIGITS != 0, int, float>;
-  static_assert(STEPS >= PARTS && K % 64 == 0 && (DIGITS == 0 || (SCALES == 1 && PLANES == 1)));
+  constexpr bool INT8 = std::is_same_v<X, int8_t>;
+  static_assert(STEPS >= PARTS && K % 64 == 0 && (DIGITS == 0 || PLANES == 1) && (DIGITS <= 1 || SCALES == 1));
+  static_assert(INT8 == (DIGITS == 1) && (!INT8 || (MANTISSA_BYTES == 0 && K < 1 << 17)));
 
   const Layer all[] = {layers...};
   int row_blocks = 0;
@@ -210,20 +232,21 @@ __device__ __forceinline__ void linear_decode(const void* x, void* shared, int M
   wait_for_previous_kernel();
 
   // This block's part of x in the order of the fragments. Of floats: [chunk][plane][token][lane of a quad], 16 bytes,
-  // for each b the column pairs. Of digits: [chunk][two planes][column][lane of a quad][plane], 8 bytes.
+  // for each b the column pairs. Of digits: [chunk][two planes][column][lane of a quad][plane], 8 bytes, or of groups of
+  // 64 [chunk][group][column][lane of a quad][plane], 4 bytes.
   uint8_t* const s_x = static_cast<uint8_t*>(shared) + WARPS * STAGES * STAGE_BYTES;
   constexpr int X_CHUNK_BYTES = CHUNK * COLUMNS * (DIGITS ? 1 : 2);
   constexpr int MOST_CHUNKS = (STEPS + CLUSTER - 1) / CLUSTER * CHUNKS;
-  float* const s_x_scale = reinterpret_cast<float*>(s_x + MOST_CHUNKS * X_CHUNK_BYTES);  // [chunk][token], of digits
-  float* const s_parts = s_x_scale + (DIGITS ? MOST_CHUNKS * TOKENS : 0);
-  // Bits of x of plane j and consecutive bytes of a chunk, zeros past the end.
+  float* const s_x_scale = reinterpret_cast<float*>(s_x + MOST_CHUNKS * X_CHUNK_BYTES);  // [chunk][token], of several digits
+  float* const s_parts = s_x_scale + (DIGITS > 1 ? MOST_CHUNKS * TOKENS : 0);
+  // 8 bytes of x of plane j and consecutive bytes of a chunk, zeros past the end.
   auto x_bits = [&](int m, int chunk, int plane, int byte) {
     constexpr int GROUP_CHUNKS = (GROUP + CHUNK - 1) / CHUNK;
     const int group = GROUP < CHUNK ? chunk * SCALES + byte / 16 : chunk / GROUP_CHUNKS;
     const int size = min(GROUP, K - group * GROUP);
     const int place = GROUP < CHUNK ? byte % 16 : chunk % GROUP_CHUNKS * 32 + byte;
     if (m >= M || place >= size / 4) return uint2{0, 0};
-    return load_activations(static_cast<const Float*>(x) + static_cast<int64_t>(m) * K + group * GROUP +
+    return load_activations(static_cast<const X*>(x) + static_cast<int64_t>(m) * K + group * GROUP +
                             plane * (size / 4) + place);
   };
   if constexpr (DIGITS == 0) {
@@ -237,6 +260,20 @@ __device__ __forceinline__ void linear_decode(const void* x, void* shared, int M
       reinterpret_cast<uint4*>(s_x)[i] =
           SCALES == 1 ? uint4{even_v, even_w, odd_v, odd_w} : uint4{even_v, odd_v, even_w, odd_w};
     }
+  } else if constexpr (INT8) {
+    for (int i = threadIdx.x; i < block_steps * CHUNKS * 16 * TOKENS; i += WARPS * 32) {
+      const int eight = i % 4, plane = i / 4 % 4, m = i / 16 % TOKENS, chunk = i / 16 / TOKENS;
+      const uint2 v = x_bits(m, block_step * CHUNKS + chunk, plane, eight * 8);
+      if constexpr (SCALES == 1) {
+        reinterpret_cast<uint2*>(s_x)[((chunk * 2 + plane / 2) * COLUMNS + m) * 8 + eight * 2 + plane % 2] = v;
+      } else {
+        // Of two lanes of a quad.
+        uint32_t* const to =
+            reinterpret_cast<uint32_t*>(s_x) + ((chunk * 2 + eight / 2) * COLUMNS + m) * 16 + eight % 2 * 8 + plane;
+        to[0] = v.x;
+        to[4] = v.y;
+      }
+    }
   } else {
     for (int i = warp; i < block_steps * CHUNKS * TOKENS; i += WARPS) {
       const int m = i % TOKENS, chunk = i / TOKENS;
@@ -244,7 +281,7 @@ __device__ __forceinline__ void linear_decode(const void* x, void* shared, int M
       const uint2 v = x_bits(m, block_step * CHUNKS + chunk, plane, byte);
       uint32_t bits[4];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) bits[k] = float_bits<Float>((k < 2 ? v.x : v.y) >> (16 * (k % 2)));
+      for (int k = 0; k < 4; ++k) bits[k] = float_bits<X>((k < 2 ? v.x : v.y) >> (16 * (k % 2)));
       uint32_t largest = 1;
 #pragma unroll
       for (int k = 0; k < 4; ++k) largest = max(largest, bits[k] >> 23 & 0xFF);
@@ -270,11 +307,11 @@ __device__ __forceinline__ void linear_decode(const void* x, void* shared, int M
       for (int digit = 0; digit < DIGITS; ++digit)
         reinterpret_cast<uint32_t*>(s_x)[(((chunk * 2 + plane / 2) * COLUMNS + m * DIGITS + digit) * 4 + byte / 8) * 4 +
                                          plane % 2 * 2 + byte / 4 % 2] = words[digit];
-      // The weight of the first digit, less the 64 of the operand; what is not finite makes the sum NaN.
+      // The weight of the first digit; what is not finite makes the sum NaN.
       if (lane == 0)
         s_x_scale[i] = largest == 255 ? __int_as_float(0x7FC00000)
-                       : largest > 11 ? exp2_int(static_cast<int>(largest) - 138)
-                                      : __int_as_float(1 << (largest + 11));
+                       : largest > 5  ? exp2_int(static_cast<int>(largest) - 132)
+                                      : __int_as_float(1 << (largest + 17));
     }
   }
   if (CLUSTER > 1) cluster_wait();
@@ -323,7 +360,7 @@ __device__ __forceinline__ void linear_decode(const void* x, void* shared, int M
             const int row = tile * 16 + half * 8 + row_in_tile, n = row_of(here, n0, row);
             const int group = quad_lane * SCALES + s;
             const int E = static_cast<int8_t>(Exponents::read(from + E_AT, row, n, first_step + step, group));
-            scales[tile][half][s] = DIGITS ? exp2_int(E) : half_scale(E);
+            scales[tile][half][s] = INT8 ? shifted_scale(E) : DIGITS ? exp2_int(E) : half_scale(E);
             if constexpr (MANTISSA_BYTES != 0) {
               const int mantissa = Mantissas::read(from + MANTISSA_AT, row, n, first_step + step, group);
               scales[tile][half][s] *= static_cast<float>(mantissa);
@@ -337,7 +374,12 @@ __device__ __forceinline__ void linear_decode(const void* x, void* shared, int M
       for (int c = 0; c < CHUNKS; ++c) {
         const int chunk = part_chunk + step * CHUNKS + c;
         const uint8_t* const x_chunk = s_x + chunk * X_CHUNK_BYTES + quad_lane * 16;
-        Accumulator group_sum[SCALES][TILES][COLUMN_TILES][4] = {};
+        Accumulator group_sum[SCALES][TILES][COLUMN_TILES][4];
+#pragma unroll
+        for (int i = 0; i < SCALES * TILES * COLUMN_TILES * 4; ++i)
+          group_sum[i / (TILES * COLUMN_TILES * 4)][i / (COLUMN_TILES * 4) % TILES][i / 4 % COLUMN_TILES][i % 4] =
+              ORIGIN<Accumulator>;
+        // Of int8 and groups of 64, planes 0 and 1 stand for two mma of the first group, with two planes each.
 #pragma unroll
         for (int plane = 0; plane < 4; ++plane) {
           uint4 x_fragment[COLUMN_TILES];
@@ -356,44 +398,50 @@ __device__ __forceinline__ void linear_decode(const void* x, void* shared, int M
 #pragma unroll
               for (int r = 0; r < 4; ++r) {
                 // Registers 0 and 1 are of the first column pair, rows r and r + 8; 2 and 3 of the second.
-                const bool second_word = SCALES == 1 ? r / 2 : b;
-                const int shift = DIGITS ? 6 - 2 * plane : 14 - 8 * (SCALES == 1 ? b : r / 2) - 2 * plane;
+                const bool second_word = SCALES == 1 ? r / 2 : DIGITS ? plane / 2 : b;
+                const int shift = DIGITS ? 6 - 2 * (SCALES == 1 ? plane : plane % 2 * 2 + r / 2)
+                                         : 14 - 8 * (SCALES == 1 ? b : r / 2) - 2 * plane;
 #pragma unroll
                 for (int p = 0; p < PLANES; ++p) {
                   const uint2 w = words[p][tile][r % 2][c];
                   const uint32_t trits = ((second_word ? w.y : w.x) << shift) & (DIGITS ? 0xC0C0C0C0u : 0xC000C000u);
-                  a[r] = p == 0 ? trits : three_times_plus<Float>(a[r], trits);
+                  if (p == 0)
+                    a[r] = trits;
+                  else if constexpr (PLANES > 1)
+                    a[r] = three_times_plus<X>(a[r], trits);
                 }
               }
 #pragma unroll
               for (int t = 0; t < COLUMN_TILES; ++t) {
                 const uint4 v = x_fragment[t];
                 const bool upper = DIGITS ? plane % 2 : b;
+                Accumulator(&d)[4] = group_sum[SCALES == 1 ? 0 : DIGITS ? plane / 2 : b][tile][t];
                 if constexpr (DIGITS != 0)
-                  mma(group_sum[0][tile][t], a, upper ? v.z : v.x, upper ? v.w : v.y);
+                  mma(d, a, upper ? v.z : v.x, upper ? v.w : v.y);
                 else
-                  mma<Float>(group_sum[SCALES == 1 ? 0 : b][tile][t], a, upper ? v.z : v.x, upper ? v.w : v.y);
+                  mma<X>(d, a, upper ? v.z : v.x, upper ? v.w : v.y);
               }
             }
         }
         float x_scale[COLUMN_TILES];
 #pragma unroll
-        for (int t = 0; t < COLUMN_TILES; ++t)
-          x_scale[t] = DIGITS ? s_x_scale[chunk * TOKENS + min((t * 8 + quad_lane * 2) / (DIGITS ? DIGITS : 1), TOKENS - 1)]
-                              : 1.0f;
+        for (int t = 0; t < COLUMN_TILES; ++t) {
+          const int m = min((t * 8 + quad_lane * 2) / (DIGITS ? DIGITS : 1), TOKENS - 1);
+          x_scale[t] = DIGITS > 1 ? s_x_scale[chunk * TOKENS + m] : 1.0f;
+        }
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
           for (int half = 0; half < 2; ++half)
 #pragma unroll
             for (int s = 0; s < SCALES; ++s) {
-              const float scale = __shfl_sync(0xFFFFFFFF, scales[tile][half][s], c, 4);
+              const float group_scale = __shfl_sync(0xFFFFFFFF, scales[tile][half][s], c, 4);
 #pragma unroll
               for (int t = 0; t < COLUMN_TILES; ++t)
 #pragma unroll
                 for (int i = half * 2; i < half * 2 + 2; ++i) {
-                  const float value = static_cast<float>(group_sum[s][tile][t][i]);
-                  sum[tile][t][i] += scale * (DIGITS ? value * x_scale[t] : value);
+                  const float value = group_value(group_sum[s][tile][t][i]);
+                  sum[tile][t][i] += group_scale * (DIGITS > 1 ? value * x_scale[t] : value);
                 }
             }
       }
@@ -433,14 +481,18 @@ __device__ __forceinline__ void linear_decode(const void* x, void* shared, int M
       for (int p = 0; p < PARTS; ++p) digit_sum += parts[p * VALUES * 32];
       sum += digit_sum * exp2_int(-7 * digit);
     }
+    // In float64, which neither 2^INT8_SHIFT nor the scale leads out of range.
+    if constexpr (INT8)
+      sum = static_cast<float>(static_cast<double>(sum) * (1 << INT8_SHIFT) *
+                               load_scale(static_cast<const float*>(scale) + m));
     if (here.bias != nullptr) {
       // bias_exponent reaches -128, where 2^bias_exponent is subnormal: two normal factors instead.
       const int exponent = *here.bias_exponent, half = exponent >> 1;
       sum += static_cast<float>(here.bias[n]) * exp2_int(half) * exp2_int(exponent - half);
     }
-    const Float value = rounded<Float>(sum);
+    const Y value = rounded<Y>(sum);
     if (GUARDED && !isfinite(static_cast<float>(value))) report_nonfinite(here.status);
-    static_cast<Float*>(here.y)[static_cast<int64_t>(m) * here.N + n] = value;
+    static_cast<Y*>(here.y)[static_cast<int64_t>(m) * here.N + n] = value;
   }
 }
 

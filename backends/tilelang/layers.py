@@ -61,7 +61,6 @@ def call_arguments(
     Returns:
         x [M, K], whose M is known at the call, and the buffers of each layer.
     """
-
     M = T.dynamic("M")
     return _argument("x", (M, K), dtype), _layer_arguments(layers, M, K, g, dtype, guarded=guarded)
 

@@ -5,9 +5,15 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import tilelang.language as T
+import torch
 from tilelang import tvm
 
 Dtype = Literal["bfloat16", "float16"]
+
+
+def dtype_name(dtype: torch.dtype) -> Dtype:
+    """Of bfloat16 or float16, as programs name it."""
+    return "bfloat16" if dtype == torch.bfloat16 else "float16"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,3 +103,13 @@ def _layer_arguments(
         )
     outputs = [_argument(f"y_{i}", (M, layer.N), dtype) for i, layer in enumerate(layers)]
     return [LayerBuffers(**buffers, y=y) for buffers, y in zip(inputs, outputs, strict=True)]
+
+
+def address(buffer: Any, access: str) -> Any:
+    """The pointer to the first element of a buffer, for a CUDA function; null if there is no buffer.
+
+    Args:
+        buffer: of the prim_func that is being built, or None.
+        access: what the function does with it: "r", "w" or "rw".
+    """
+    return 0 if buffer is None else T.access_ptr(buffer[(0,) * len(buffer.shape)], access)

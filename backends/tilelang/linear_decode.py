@@ -11,7 +11,14 @@ from typing import Any
 import tilelang.language as T
 
 from ternarize.backends.tilelang.hopper import MULTIPROCESSORS, SHARED_BYTES
-from ternarize.backends.tilelang.layers import Dtype, LayerBuffers, LayerShape, call_arguments, int8_call_arguments
+from ternarize.backends.tilelang.layers import (
+    Dtype,
+    LayerBuffers,
+    LayerShape,
+    address,
+    call_arguments,
+    int8_call_arguments,
+)
 from ternarize.config import Activation
 
 #: Weights of a row that a warp takes at once: a cache line.
@@ -141,9 +148,6 @@ def decode_program(
         x, buffers = call_arguments(layers, K, g, dtype, guarded=guarded)
         return x, None, buffers
 
-    def pointer(buffer: Any, access: str) -> Any:
-        return 0 if buffer is None else T.access_ptr(buffer[(0,) * len(buffer.shape)], access)
-
     @T.prim_func
     def ternary_linear_decode():
         x, scale, buffers = arguments()
@@ -154,8 +158,8 @@ def decode_program(
             T.call_extern(
                 "handle",
                 function,
-                pointer(x, "r"),
-                pointer(scale, "r"),
+                address(x, "r"),
+                address(scale, "r"),
                 T.access_ptr(shared[0], "rw"),
                 x.shape[0],
                 *(
@@ -163,13 +167,13 @@ def decode_program(
                         "handle",
                         "ternarize::layer",
                         layer.N,
-                        pointer(tensors.T_packed, "r"),
-                        pointer(tensors.E, "r"),
-                        pointer(tensors.E_mantissa, "r"),
-                        pointer(tensors.bias, "r"),
-                        pointer(tensors.bias_exponent, "r"),
-                        pointer(tensors.status, "rw"),
-                        pointer(tensors.y, "w"),
+                        address(tensors.T_packed, "r"),
+                        address(tensors.E, "r"),
+                        address(tensors.E_mantissa, "r"),
+                        address(tensors.bias, "r"),
+                        address(tensors.bias_exponent, "r"),
+                        address(tensors.status, "rw"),
+                        address(tensors.y, "w"),
                     )
                     for layer, tensors in zip(layers, buffers, strict=True)
                 ),

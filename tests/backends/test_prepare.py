@@ -13,7 +13,7 @@ pytest.importorskip("tilelang", reason="TileLang is for Linux")
 from ternarize import ternarize
 from ternarize.backends import compiler
 from ternarize.backends.select import Choice
-from ternarize.backends.tilelang import build, linear
+from ternarize.backends.tilelang import build, host, linear
 from ternarize.backends.tilelang.build import Program
 from ternarize.backends.tilelang.linear_decode import DecodeTile
 from tests.backends.kit import random_weights
@@ -37,7 +37,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
     """The programs that are begun, in a compiler that takes this machine for one with Hopper."""
     programs: list[Program] = []
     monkeypatch.setattr(compiler, "choose_node", lambda *_: Choice("tilelang", "said the test"))
-    monkeypatch.setattr(linear, "_gpu", lambda _: None)
+    monkeypatch.setattr(host, "gpu_name", lambda _: None)
     monkeypatch.setattr(build, "start", programs.append)
     torch._dynamo.reset()
     return programs
@@ -82,8 +82,8 @@ def test_a_kernel_is_built_once_and_its_failure_raised_where_it_is_called(monkey
 
     monkeypatch.setattr(build, "compile_program", compile_program)
     monkeypatch.setattr(build, "_kernels", {})
-    layers = linear.layer_shapes([torch.empty(2, 48, 32, dtype=torch.uint8)], [None], [None])
-    program = linear.program_for(1, layers, 128, -1, torch.float16, guarded=False, gpu=None)
+    layers = host.layer_shapes([torch.empty(2, 48, 32, dtype=torch.uint8)], [None], [None])
+    (program,) = linear.programs_for(1, layers, 128, -1, torch.float16, guarded=False, gpu=None)
     assert build.start(program) is build.start(program)
     with pytest.raises(RuntimeError, match="no space left"):
         build.start(program).result()
@@ -119,7 +119,7 @@ def test_a_call_is_one_launch_of_all_its_layers(guarded: bool, monkeypatch: pyte
         return future
 
     monkeypatch.setattr(build, "start", start)
-    monkeypatch.setattr(linear, "_gpu", lambda _: None)
+    monkeypatch.setattr(host, "gpu_name", lambda _: None)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     T_packed, E, bias, bias_exponent = columns
     outputs = linear.linear(x, T_packed, E, mantissa, bias, bias_exponent, status, 64)

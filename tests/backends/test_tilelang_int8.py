@@ -1,9 +1,11 @@
 """The TileLang kernels of `linear_int8`: what is compiled, without a GPU, and what they compute, on a Hopper GPU."""
 
+import contextlib
 import dataclasses
 import re
 import shutil
 import subprocess
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -108,21 +110,104 @@ def _compile(program: Any, folder: Path) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("M", "N", "K", "g", "has_bias"),
-    [(64, 333, 1536, 64, True), (4096, 4096, 4096, 128, False), (17, 77, 96, 32, True)],
+    ("M", "N", "K", "g", "has_bias", "guarded"),
+    [
+        (64, 333, 1536, 64, True, True),
+        (4096, 4096, 4096, 128, False, True),
+        (64, 4096, 4096, 128, True, False),
+        (17, 77, 96, 32, True, False),
+    ],
 )
 def test_the_wgmma_kernel_multiplies_registers_and_compiles(
-    tmp_path: Path, M: int, N: int, K: int, g: int, has_bias: bool
+    tmp_path: Path, M: int, N: int, K: int, g: int, has_bias: bool, guarded: bool
 ) -> None:
     from ternarize.backends.tilelang.linear_int8_wgmma import choose_int8_wgmma_tile, int8_wgmma_program
 
     tile = choose_int8_wgmma_tile(M, N, K, g)
-    source, report = _compile(int8_wgmma_program(N, K, g, "bfloat16", has_bias=has_bias, tile=tile), tmp_path)
+    layers = _layers(N, bias=has_bias)
+    source, report = _compile(int8_wgmma_program(layers, K, g, "bfloat16", guarded=guarded, tile=tile), tmp_path)
     assert "wgmma_rs<tl::DataType::kInt8, tl::DataType::kInt8, tl::DataType::kInt32" in source
     assert "tma_load(q_desc" in source
-    # A few registers of the block that is seldom run may be spilled; ptxas also says where it serialises wgmma.
-    assert all(int(spilled) <= 64 for spilled in re.findall(r"(\d+) bytes spill", report))
+    call = source[source.rindex("ternarize::store_sums<") :].split(";")[0]
+    pointers = ["accumulator", "exact", "state", "scale", *["bias_0", "bias_exponent_0"] * has_bias]
+    pointers += [*["status_0"] * guarded, "y_0"]
+    assert re.findall(r"&\((\w+)\[", call) == pointers
+    assert set(re.findall(r"(\d+) bytes spill", report)) <= {"0"}
+    # ptxas says where it serialises wgmma.
     assert "C75" not in report
+
+
+# Which programs a call runs.
+
+
+def _layers(*out_features: int, bias: bool = False) -> tuple[Any, ...]:
+    from ternarize.backends.tilelang.layers import LayerShape
+
+    return tuple(LayerShape(N=N, planes=1, mantissa=None, bias=bias) for N in out_features)
+
+
+def _programs(M: int, *out_features: int, g: int = 128) -> Any:
+    from ternarize.backends.tilelang.linear_int8 import programs_for
+
+    return programs_for(M, _layers(*out_features), 4096, g, torch.float16, guarded=True, gpu=None)
+
+
+@pytest.mark.parametrize("g", [64, 128, 256])
+def test_a_few_tokens_are_one_launch_of_the_decode_kernel(g: int) -> None:
+    from ternarize.backends.tilelang.linear_decode import DecodeTile
+
+    (program,) = _programs(16, 4096, 1024, 1024, g=g)
+    assert isinstance(program.tile, DecodeTile)
+    assert program.tile.DIGITS == 1
+    assert (program.layers, program.activation) == (_layers(4096, 1024, 1024), "int8")
+    assert (program.K, program.g, program.dtype, program.guarded) == (4096, g, "float16", True)
+
+
+def test_more_tokens_and_groups_of_32_are_one_launch_of_wgmma_a_layer() -> None:
+    from ternarize.backends.tilelang.linear_int8_wgmma import choose_int8_wgmma_tile
+
+    for M, g in ((17, 128), (1, 32)):
+        q, k, v = _programs(M, 4096, 1024, 1024, g=g)
+        assert (q.layers, k.layers) == (_layers(4096), _layers(1024))
+        assert (q.tile, k.tile) == tuple(choose_int8_wgmma_tile(M, N, 4096, g) for N in (4096, 1024))
+        # Layers of one shape share a kernel.
+        assert k == v
+
+
+def test_a_call_launches_every_program_with_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ternarize.backends.tilelang import build, host
+    from ternarize.backends.tilelang.linear_int8 import linear_int8 as host_function
+
+    torch.manual_seed(0)
+    layers = [random_weights(N, 128, 64, bias=N == 32) for N in (48, 32)]
+    q, scale = quantize_activation(torch.randn(2, 10, 128))
+    status = [torch.zeros(2, dtype=torch.int32) for _ in layers]
+    launched = []
+
+    def launch(*arguments: Tensor) -> None:
+        w = layers[len(launched)]
+        expected = [q.view(20, 128), scale.view(20), w.T_packed, w.E, w.bias, w.bias_exponent, status[len(launched)]]
+        expected = [tensor for tensor in expected if tensor is not None]
+        assert all(torch.equal(got, needed) for got, needed in zip(arguments, expected, strict=False))
+        y = arguments[len(expected)]
+        assert y.shape == (20, w.T_packed.shape[0])
+        y.fill_(len(launched))
+        launched.append(arguments)
+
+    def start(program: build.Program) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(launch)
+        return future
+
+    monkeypatch.setattr(build, "start", start)
+    monkeypatch.setattr(host, "gpu_name", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    columns = [[getattr(w, name) for w in layers] for name in ("T_packed", "E", "E_mantissa", "bias", "bias_exponent")]
+    outputs = host_function(q, scale, *columns, status, 64, torch.bfloat16)
+    assert [(tuple(y.shape), y.dtype, float(y.mean())) for y in outputs] == [
+        ((2, 10, 48), torch.bfloat16, 0.0),
+        ((2, 10, 32), torch.bfloat16, 1.0),
+    ]
 
 
 # What is computed.
@@ -134,7 +219,7 @@ def test_the_wgmma_kernel_multiplies_registers_and_compiles(
 @pytest.mark.parametrize(("N", "K", "g"), [(333, 96, 32), (77, 576, 64), (1000, 1024, 128), (129, 512, 256)])
 def test_linear_int8_equals_float64(dtype: torch.dtype, M: int, N: int, K: int, g: int) -> None:
     torch.manual_seed(0)
-    layers = [random_weights(n, K, g, bias=n % 2 == 1, device="cuda") for n in (N, 64)]
+    layers = [random_weights(n, K, g, bias=n % 2 == 1, device="cuda") for n in (N, 64, 5)]
     q, scale = quantize_activation(torch.randn(2, M, K, device="cuda"))
     outputs = linear_int8("tilelang", q, scale, layers, g, dtype)
     for y, layer in zip(outputs, layers, strict=True):
@@ -153,3 +238,27 @@ def test_linear_int8_is_exact_for_every_exponent(M: int, exponents: tuple[int, i
     q, scale = quantize_activation(x)
     (y,) = linear_int8("tilelang", q, scale, [layer], 128, torch.bfloat16)
     assert_close(y, linear("torch", q.double() * scale.double(), [layer], 128)[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("M", "K", "g"), [(2, 1152, 128), (16, 512, 64), (3, 96, 32), (40, 4096, 128), (300, 512, 256)]
+)
+def test_a_guarded_layer_reports_what_is_not_finite_and_its_neighbour_does_not(M: int, K: int, g: int) -> None:
+    torch.manual_seed(0)
+    layers = [random_weights(N, K, g, bias=True, device="cuda") for N in (64, 333, 7)]
+    q, scale = quantize_activation(torch.randn(M, K, device="cuda"))
+    names = ("T_packed", "E", "E_mantissa", "bias", "bias_exponent")
+    columns = [[getattr(w, name) for w in layers] for name in names]
+    status = [torch.zeros(2, dtype=torch.int32, device="cuda") for _ in layers]
+
+    def run() -> list[list[int]]:
+        torch.ops.ternarize.linear_int8_tilelang(q, scale, *columns, status, g, torch.float16)
+        return [each.tolist() for each in status]
+
+    assert run() == [[0, 0]] * 3
+    # The last of its outputs leaves float16.
+    layers[1].E[-1] = 20
+    assert run() == [[0, 0], [1, 0], [0, 0]]
+    scale[-1] = torch.nan
+    assert run() == [[1, 0]] * 3

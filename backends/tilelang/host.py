@@ -33,7 +33,7 @@ def gpu_name(device: torch.device) -> str:
 
 
 def launch(
-    programs_for: Callable[..., Sequence[build.Program]],
+    programs_for: Callable[..., tuple[build.Program, ...]],
     inputs: Sequence[Tensor],
     T_packed: Sequence[Tensor],
     E: Sequence[Tensor],

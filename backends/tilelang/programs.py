@@ -1,7 +1,7 @@
 """The programs of a call of any op: for graphs that are being compiled, and for ``ternarize prewarm``."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -9,7 +9,10 @@ from torch import Tensor
 from ternarize.backends.tilelang import build, host, linear, linear_int8
 from ternarize.backends.tilelang.layers import LayerShape
 
-_PROGRAMS_FOR = {"linear": linear.programs_for, "linear_int8": linear_int8.programs_for}
+_PROGRAMS_FOR: dict[str, Callable[..., tuple[build.Program, ...]]] = {
+    "linear": linear.programs_for,
+    "linear_int8": linear_int8.programs_for,
+}
 
 
 def programs_for(

@@ -16,6 +16,7 @@ from ternarize.backends.select import Choice
 from ternarize.backends.tilelang import build, host, linear
 from ternarize.backends.tilelang.build import Program
 from ternarize.backends.tilelang.linear_decode import DecodeTile
+from ternarize.config import Activation, TernaryConfig
 from tests.backends.kit import random_weights
 
 
@@ -43,9 +44,10 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
     return programs
 
 
-def compiled(**options: Any) -> Any:
+def compiled(*, activation: Activation = "float", **options: Any) -> Any:
     torch.manual_seed(0)
-    model = ternarize(Attention(), trainable=False).to(torch.bfloat16)
+    config = TernaryConfig(activation=activation)
+    model = ternarize(Attention(), config, trainable=False).to(torch.bfloat16)
     return torch.compile(model, backend="ternary", **options)
 
 
@@ -62,6 +64,14 @@ def test_all_kernels_of_a_graph_are_begun_when_it_is_compiled(started: list[Prog
     assert (first.K, first.g, first.dtype, first.guarded) == (128, 128, "bfloat16", True)
     assert (second.K, second.g) == (64, 64)
     assert first.tile == linear.choose_tile(120, first.layers, 128, 128, "bfloat16", None)
+
+
+def test_kernels_for_int8_activations_are_begun_too(started: list[Program]) -> None:
+    with torch.no_grad():
+        compiled(activation="int8", dynamic=True)(torch.randn(40, 128, dtype=torch.bfloat16))
+    # On wgmma one kernel a layer, for the one token of decoding one for both that share x.
+    assert [outputs(program) for program in started] == [[64], [32], [64, 32], [128], [128]]
+    assert {(program.activation, program.dtype, program.guarded) for program in started} == {("int8", "bfloat16", True)}
 
 
 def test_a_dynamic_number_of_tokens_begins_decoding_of_one_too(started: list[Program]) -> None:

@@ -182,17 +182,19 @@ def test_a_call_launches_every_program_with_its_layers(monkeypatch: pytest.Monke
     layers = [random_weights(N, 128, 64, bias=N == 32) for N in (48, 32)]
     q, scale = quantize_activation(torch.randn(2, 10, 128))
     status = [torch.zeros(2, dtype=torch.int32) for _ in layers]
-    launched = []
+    launched: list[int] = []
 
     def launch(*arguments: Tensor) -> None:
-        w = layers[len(launched)]
-        expected = [q.view(20, 128), scale.view(20), w.T_packed, w.E, w.bias, w.bias_exponent, status[len(launched)]]
-        expected = [tensor for tensor in expected if tensor is not None]
+        i = len(launched)
+        w = layers[i]
+        given = (q.view(20, 128), scale.view(20), w.T_packed, w.E, w.bias, w.bias_exponent, status[i])
+        expected = [tensor for tensor in given if tensor is not None]
+        assert len(arguments) == len(expected) + 1
         assert all(torch.equal(got, needed) for got, needed in zip(arguments, expected, strict=False))
-        y = arguments[len(expected)]
+        y = arguments[-1]
         assert y.shape == (20, w.T_packed.shape[0])
-        y.fill_(len(launched))
-        launched.append(arguments)
+        y.fill_(i)
+        launched.append(i)
 
     def start(program: build.Program) -> Future[Any]:
         future: Future[Any] = Future()
@@ -203,7 +205,8 @@ def test_a_call_launches_every_program_with_its_layers(monkeypatch: pytest.Monke
     monkeypatch.setattr(host, "gpu_name", lambda _: None)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     columns = [[getattr(w, name) for w in layers] for name in ("T_packed", "E", "E_mantissa", "bias", "bias_exponent")]
-    outputs = host_function(q, scale, *columns, status, 64, torch.bfloat16)
+    T_packed, E, mantissa, bias, exponent = columns
+    outputs = host_function(q, scale, T_packed, E, mantissa, bias, exponent, status, 64, torch.bfloat16)
     assert [(tuple(y.shape), y.dtype, float(y.mean())) for y in outputs] == [
         ((2, 10, 48), torch.bfloat16, 0.0),
         ((2, 10, 32), torch.bfloat16, 1.0),

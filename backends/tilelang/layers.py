@@ -9,6 +9,9 @@ from tilelang import tvm
 
 Dtype = Literal["bfloat16", "float16"]
 
+#: Bytes of an element of E_mantissa, by its dtype.
+MANTISSA_BYTES = {None: 0, "uint8": 1, "int16": 2, "int32": 4}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerShape:
@@ -41,6 +44,11 @@ class LayerBuffers:
     """int32 [2], of a guarded call."""
     y: Any
     """[M, N], written."""
+
+
+def pointer(buffer: Any, access: Literal["r", "w", "rw"]) -> Any:
+    """The start of a buffer, for a device function; a null pointer for None."""
+    return 0 if buffer is None else T.access_ptr(buffer[(0,) * len(buffer.shape)], access)
 
 
 def call_arguments(

@@ -34,11 +34,6 @@ constexpr int CHUNK = 128;       // weights
 constexpr int CHUNKS = 4;        // of a step
 constexpr int LINE_BYTES = 128;  // of a row and a step
 
-// 2^exponent for exponents from -126 to 127.
-__device__ __forceinline__ float exp2_int(int exponent) { return __int_as_float((exponent + 127) << 23); }
-// 2^(E - 1). At E = -126 it is 2^-127, which is subnormal.
-__device__ __forceinline__ float half_scale(int E) { return __int_as_float(max((E + 126) << 23, 0x00400000)); }
-
 // The tensors of a layer, as the host passes them; null for those that it does not have.
 struct Layer {
   int N;
@@ -433,11 +428,7 @@ __device__ __forceinline__ void linear_decode(const void* x, void* shared, int M
       for (int p = 0; p < PARTS; ++p) digit_sum += parts[p * VALUES * 32];
       sum += digit_sum * exp2_int(-7 * digit);
     }
-    if (here.bias != nullptr) {
-      // bias_exponent reaches -128, where 2^bias_exponent is subnormal: two normal factors instead.
-      const int exponent = *here.bias_exponent, half = exponent >> 1;
-      sum += static_cast<float>(here.bias[n]) * exp2_int(half) * exp2_int(exponent - half);
-    }
+    if (here.bias != nullptr) sum += bias_value(here.bias[n], *here.bias_exponent);
     const Float value = rounded<Float>(sum);
     if (GUARDED && !isfinite(static_cast<float>(value))) report_nonfinite(here.status);
     static_cast<Float*>(here.y)[static_cast<int64_t>(m) * here.N + n] = value;

@@ -11,7 +11,7 @@ from typing import Any
 import tilelang.language as T
 
 from ternarize.backends.tilelang.hopper import MULTIPROCESSORS, SHARED_BYTES
-from ternarize.backends.tilelang.layers import Dtype, LayerShape, call_arguments
+from ternarize.backends.tilelang.layers import MANTISSA_BYTES, Dtype, LayerShape, call_arguments, pointer
 
 #: Weights of a row that a warp takes at once: a cache line.
 STEP = 512
@@ -20,10 +20,8 @@ STEP = 512
 MOST_TOKENS = 16
 
 SOURCE = "".join(
-    Path(__file__).with_name(name).read_text() for name in ("guard.cuh", "hopper.cuh", "linear_decode.cuh")
+    Path(__file__).with_name(name).read_text() for name in ("numbers.cuh", "hopper.cuh", "linear_decode.cuh")
 )
-
-_MANTISSA_BYTES = {None: 0, "uint8": 1, "int16": 2, "int32": 4}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +55,7 @@ class DecodeTile:
         """Shared memory of a block: the rings, its part of x, and the parts of the sums that it adds up."""
         columns = self.TOKENS * max(self.DIGITS, 1)
         rows = 16 * self.TILES
-        scale_bytes = _ring_bytes(1, K, g) + _ring_bytes(_MANTISSA_BYTES[layers[0].mantissa], K, g)
+        scale_bytes = _ring_bytes(1, K, g) + _ring_bytes(MANTISSA_BYTES[layers[0].mantissa], K, g)
         ring_bytes = self.WARPS * self.STAGES * rows * (layers[0].planes * STEP // 4 + scale_bytes)
         chunks = -(-_steps(K) // self.CLUSTER) * STEP // 128
         x_bytes = chunks * (128 * columns + 4 * self.TOKENS if self.DIGITS else 256 * columns)
@@ -90,7 +88,7 @@ def decode_function(
         K,
         g,
         layers[0].planes,
-        _MANTISSA_BYTES[layers[0].mantissa],
+        MANTISSA_BYTES[layers[0].mantissa],
         str(guarded).lower(),
     )
     return f"ternarize::linear_decode<{', '.join(map(str, parameters))}>"
@@ -114,9 +112,6 @@ def decode_program(
     """
     function = decode_function(layers, K, g, dtype, guarded=guarded, tile=tile)
     shared_bytes = tile.shared_bytes(layers, K, g)
-
-    def pointer(buffer: Any, access: str) -> Any:
-        return 0 if buffer is None else T.access_ptr(buffer[(0,) * len(buffer.shape)], access)
 
     @T.prim_func
     def ternary_linear_decode():

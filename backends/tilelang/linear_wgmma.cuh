@@ -148,8 +148,9 @@ __device__ __forceinline__ void linear_wgmma(const CUtensorMap& x, int M, void* 
   constexpr int X_BYTES = BLOCK_M * 256, ROW_BYTES = 32;
   constexpr int PACKED_BYTES = PLANES * BLOCK_N * ROW_BYTES, PLANE_BYTES = 64 * ROW_TILES * ROW_BYTES;
   constexpr int UNITS = ROW_TILES * BLOCK_M / 8;  // of 8 tokens and 64 outputs a warpgroup: 4 sums a thread
-  static_assert(UNITS % CLUSTER == 0);
-  constexpr int OWN = UNITS / CLUSTER;
+  // Of a tile that is split, those that a block adds up and stores; of small tiles the last ranks have none.
+  constexpr int OWN = UNITS > CLUSTER ? UNITS / CLUSTER : 1;
+  static_assert(UNITS % OWN == 0 && UNITS <= OWN * CLUSTER);
   // Units that are stored at once: 32 tokens, or as many as there are.
   constexpr int STORED = OWN % 4 == 0 && BLOCK_M % 32 == 0 ? 4 : OWN % 2 == 0 ? 2 : 1;
   constexpr int STORE_BYTES = STORED * 8 * 128;
@@ -495,7 +496,8 @@ __device__ __forceinline__ void linear_wgmma(const CUtensorMap& x, int M, void* 
       // The next tile's loads overwrite the parts.
       fence_for_tma();
       __syncthreads();
-      store_units([&](int i) { return own[i]; }, rank * OWN, std::integral_constant<int, OWN>());
+      if (rank * OWN < UNITS)
+        store_units([&](int i) { return own[i]; }, rank * OWN, std::integral_constant<int, OWN>());
     } else {
       store_units([&](int i) { return sums[i / (BLOCK_M / 2)][i % (BLOCK_M / 2)]; }, 0,
                   std::integral_constant<int, UNITS>());

@@ -45,7 +45,7 @@ class Tile:
     @property
     def stored_tokens(self) -> int:
         """Tokens that a warpgroup stores at once: STORED of the kernel."""
-        units = self.ROW_TILES * self.BLOCK_M // 8 // self.CLUSTER
+        units = max(self.ROW_TILES * self.BLOCK_M // 8 // self.CLUSTER, 1)
         return 8 * math.gcd(4, units, self.BLOCK_M // 8)
 
     def shared_bytes(self, planes: int) -> int:

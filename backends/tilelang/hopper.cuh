@@ -1,4 +1,4 @@
-// What linear_decode.cuh needs of Hopper beyond CUDA C++: one instruction each, or two.
+// What the kernels need of Hopper beyond CUDA C++: one instruction each, or two.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>

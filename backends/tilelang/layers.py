@@ -10,6 +10,9 @@ from tilelang import tvm
 
 Dtype = Literal["bfloat16", "float16"]
 
+#: Bytes of an element of E_mantissa, by its dtype.
+MANTISSA_BYTES = {None: 0, "uint8": 1, "int16": 2, "int32": 4}
+
 
 def dtype_name(dtype: torch.dtype) -> Dtype:
     """Of bfloat16 or float16, as programs name it."""
@@ -47,6 +50,11 @@ class LayerBuffers:
     """int32 [2], of a guarded call."""
     y: Any
     """[M, N], written."""
+
+
+def pointer(buffer: Any, access: Literal["r", "w", "rw"]) -> Any:
+    """The start of a buffer, for a device function; a null pointer for None."""
+    return 0 if buffer is None else T.access_ptr(buffer[(0,) * len(buffer.shape)], access)
 
 
 def call_arguments(
@@ -103,13 +111,3 @@ def _layer_arguments(
         )
     outputs = [_argument(f"y_{i}", (M, layer.N), dtype) for i, layer in enumerate(layers)]
     return [LayerBuffers(**buffers, y=y) for buffers, y in zip(inputs, outputs, strict=True)]
-
-
-def address(buffer: Any, access: str) -> Any:
-    """The pointer to the first element of a buffer, for a CUDA function; null if there is no buffer.
-
-    Args:
-        buffer: of the prim_func that is being built, or None.
-        access: what the function does with it: "r", "w" or "rw".
-    """
-    return 0 if buffer is None else T.access_ptr(buffer[(0,) * len(buffer.shape)], access)

@@ -38,17 +38,6 @@ constexpr int CHUNK = 128;       // weights
 constexpr int CHUNKS = 4;        // of a step
 constexpr int LINE_BYTES = 128;  // of a row and a step
 
-// 2^exponent for exponents from -126 to 127.
-__device__ __forceinline__ float exp2_int(int exponent) { return __int_as_float((exponent + 127) << 23); }
-// 2^(E - 1). At E = -126 it is 2^-127, which is subnormal.
-__device__ __forceinline__ float half_scale(int E) { return __int_as_float(max((E + 126) << 23, 0x00400000)); }
-// 2^(E - INT8_SHIFT), subnormal for the least E. A sum over q takes 24 bits for K below 2^17, so that this is the one
-// shift for which no sum overflows at E = 127, and none needs bits below the last of float32 at E = -126.
-constexpr int INT8_SHIFT = 23;
-__device__ __forceinline__ float shifted_scale(int E) {
-  return __int_as_float(E > INT8_SHIFT - 127 ? (E - INT8_SHIFT + 127) << 23 : 1 << (E - INT8_SHIFT + 149));
-}
-
 // What the sums of a group start from, and the numbers that they then are.
 template <typename Accumulator>
 constexpr Accumulator ORIGIN = 0;
@@ -360,7 +349,7 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
             const int row = tile * 16 + half * 8 + row_in_tile, n = row_of(here, n0, row);
             const int group = quad_lane * SCALES + s;
             const int E = static_cast<int8_t>(Exponents::read(from + E_AT, row, n, first_step + step, group));
-            scales[tile][half][s] = INT8 ? shifted_scale(E) : DIGITS ? exp2_int(E) : half_scale(E);
+            scales[tile][half][s] = INT8 ? int8_scale(E) : DIGITS ? exp2_int(E) : half_scale(E);
             if constexpr (MANTISSA_BYTES != 0) {
               const int mantissa = Mantissas::read(from + MANTISSA_AT, row, n, first_step + step, group);
               scales[tile][half][s] *= static_cast<float>(mantissa);
@@ -485,11 +474,7 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
     if constexpr (INT8)
       sum = static_cast<float>(static_cast<double>(sum) * (1 << INT8_SHIFT) *
                                load_scale(static_cast<const float*>(scale) + m));
-    if (here.bias != nullptr) {
-      // bias_exponent reaches -128, where 2^bias_exponent is subnormal: two normal factors instead.
-      const int exponent = *here.bias_exponent, half = exponent >> 1;
-      sum += static_cast<float>(here.bias[n]) * exp2_int(half) * exp2_int(exponent - half);
-    }
+    if (here.bias != nullptr) sum += bias_value(here.bias[n], *here.bias_exponent);
     const Y value = rounded<Y>(sum);
     if (GUARDED && !isfinite(static_cast<float>(value))) report_nonfinite(here.status);
     static_cast<Y*>(here.y)[static_cast<int64_t>(m) * here.N + n] = value;

@@ -12,12 +12,13 @@ import tilelang.language as T
 
 from ternarize.backends.tilelang.hopper import MULTIPROCESSORS, SHARED_BYTES
 from ternarize.backends.tilelang.layers import (
+    MANTISSA_BYTES,
     Dtype,
     LayerBuffers,
     LayerShape,
-    address,
     call_arguments,
     int8_call_arguments,
+    pointer,
 )
 from ternarize.config import Activation
 
@@ -28,10 +29,8 @@ STEP = 512
 MOST_TOKENS = 16
 
 SOURCE = "".join(
-    Path(__file__).with_name(name).read_text() for name in ("guard.cuh", "hopper.cuh", "linear_decode.cuh")
+    Path(__file__).with_name(name).read_text() for name in ("numbers.cuh", "hopper.cuh", "linear_decode.cuh")
 )
-
-_MANTISSA_BYTES = {None: 0, "uint8": 1, "int16": 2, "int32": 4}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +64,7 @@ class DecodeTile:
         """Shared memory of a block: the rings, its part of x, and the parts of the sums that it adds up."""
         columns = self.TOKENS * max(self.DIGITS, 1)
         rows = 16 * self.TILES
-        scale_bytes = _ring_bytes(1, K, g) + _ring_bytes(_MANTISSA_BYTES[layers[0].mantissa], K, g)
+        scale_bytes = _ring_bytes(1, K, g) + _ring_bytes(MANTISSA_BYTES[layers[0].mantissa], K, g)
         ring_bytes = self.WARPS * self.STAGES * rows * (layers[0].planes * STEP // 4 + scale_bytes)
         chunks = -(-_steps(K) // self.CLUSTER) * STEP // 128
         x_bytes = chunks * 128 * columns * (1 if self.DIGITS else 2)
@@ -108,7 +107,7 @@ def decode_function(
         K,
         g,
         layers[0].planes,
-        _MANTISSA_BYTES[layers[0].mantissa],
+        MANTISSA_BYTES[layers[0].mantissa],
         str(guarded).lower(),
     )
     return f"ternarize::linear_decode<{', '.join(map(str, parameters))}>"
@@ -158,8 +157,8 @@ def decode_program(
             T.call_extern(
                 "handle",
                 function,
-                address(x, "r"),
-                address(scale, "r"),
+                pointer(x, "r"),
+                pointer(scale, "r"),
                 T.access_ptr(shared[0], "rw"),
                 x.shape[0],
                 *(
@@ -167,13 +166,13 @@ def decode_program(
                         "handle",
                         "ternarize::layer",
                         layer.N,
-                        address(tensors.T_packed, "r"),
-                        address(tensors.E, "r"),
-                        address(tensors.E_mantissa, "r"),
-                        address(tensors.bias, "r"),
-                        address(tensors.bias_exponent, "r"),
-                        address(tensors.status, "rw"),
-                        address(tensors.y, "w"),
+                        pointer(tensors.T_packed, "r"),
+                        pointer(tensors.E, "r"),
+                        pointer(tensors.E_mantissa, "r"),
+                        pointer(tensors.bias, "r"),
+                        pointer(tensors.bias_exponent, "r"),
+                        pointer(tensors.status, "rw"),
+                        pointer(tensors.y, "w"),
                     )
                     for layer, tensors in zip(layers, buffers, strict=True)
                 ),

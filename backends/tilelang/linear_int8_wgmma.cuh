@@ -16,9 +16,6 @@ namespace ternarize {
 // Exponents below the base that an operand of 8 bits holds.
 constexpr int WINDOW = 6;
 
-// 2^exponent for exponents from -126 to 127.
-__device__ __forceinline__ float exp2_int(int exponent) { return __int_as_float((exponent + 127) << 23); }
-
 // What a thread knows of its two rows, r and r + 8, as it goes through the groups; the lanes of a quad know the same.
 struct RowExponents {
   int base[2];     // of the sums
@@ -215,12 +212,9 @@ __device__ __forceinline__ void store_sums(void* sums, void* exact, void* state,
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     unit[half] = exp2_int(rows.base[half]);
-    if (bias != nullptr) {
-      // bias_exponent reaches -128, where 2^bias_exponent is subnormal: two normal factors instead.
-      const int exponent = *static_cast<const int8_t*>(bias_exponent), part = exponent >> 1;
-      b[half] = static_cast<float>(static_cast<const int32_t*>(bias)[min(row + 8 * half, N - 1)]) * exp2_int(part) *
-                exp2_int(exponent - part);
-    }
+    if (bias != nullptr)
+      b[half] = bias_value(static_cast<const int*>(bias)[min(row + 8 * half, N - 1)],
+                           *static_cast<const int8_t*>(bias_exponent));
   }
   // Without the bias. Tokens past the last have sums of zero, and are never stored.
   auto value = [&](int i) {

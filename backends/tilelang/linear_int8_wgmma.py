@@ -10,9 +10,9 @@ from typing import Any
 import tilelang.language as T
 
 from ternarize.backends.tilelang.hopper import MULTIPROCESSORS
-from ternarize.backends.tilelang.layers import Dtype, LayerShape, address, int8_call_arguments
+from ternarize.backends.tilelang.layers import Dtype, LayerShape, int8_call_arguments, pointer
 
-SOURCE = "".join(Path(__file__).with_name(name).read_text() for name in ("guard.cuh", "linear_int8_wgmma.cuh"))
+SOURCE = "".join(Path(__file__).with_name(name).read_text() for name in ("numbers.cuh", "linear_int8_wgmma.cuh"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,11 +38,11 @@ def int8_wgmma_program(
 
     It computes yᵀ = W · qᵀ: the trits are decoded in registers, straight into the int8 operand A of wgmma, and the
     exponents with them (linear_int8_wgmma.cuh). One step along K is one scale group. TMA fills what lies beyond M and N
-    with zeros; where rows of T_packed are no multiple of 16 bytes, TileLang copies with predicated loads instead.
+    with zeros.
 
     Args:
         layers: of the launch, one, with one trit plane and no mantissa.
-        K: in_features, a multiple of g; below 2^17, so that no int32 sum overflows.
+        K: in_features, a multiple of 64 and of g; below 2^17, so that no int32 sum overflows.
         g: weights a scale group, one of 32, 64, 128 and 256.
         dtype: of y.
         guarded: whether values that are not finite are reported in the status of the layer.
@@ -109,7 +109,7 @@ def int8_wgmma_program(
                 f"ternarize::start_rows<{sums}, {N}, {groups}, {steps}>",
                 T.access_ptr(accumulator, "w"),
                 T.access_ptr(state, "w"),
-                address(tensors.E, "r"),
+                pointer(tensors.E, "r"),
                 n0 + row,
                 rank * steps,
             )
@@ -128,7 +128,7 @@ def int8_wgmma_program(
                     T.access_ptr(accumulator, "rw"),
                     T.access_ptr(exact, "rw"),
                     T.access_ptr(state, "rw"),
-                    address(tensors.E, "r"),
+                    pointer(tensors.E, "r"),
                     n0 + row,
                     k,
                 )
@@ -140,12 +140,12 @@ def int8_wgmma_program(
                 T.access_ptr(accumulator, "rw"),
                 T.access_ptr(exact, "rw"),
                 T.access_ptr(state, "rw"),
-                address(scale, "r"),
-                address(tensors.bias, "r"),
-                address(tensors.bias_exponent, "r"),
-                address(tensors.status, "rw"),
-                address(tensors.y, "w"),
-                address(s_part, "rw"),
+                pointer(scale, "r"),
+                pointer(tensors.bias, "r"),
+                pointer(tensors.bias_exponent, "r"),
+                pointer(tensors.status, "rw"),
+                pointer(tensors.y, "w"),
+                pointer(s_part, "rw"),
                 thread,
                 n0 + row,
                 m0,

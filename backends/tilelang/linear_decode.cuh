@@ -22,9 +22,6 @@
 // trits a register: 64 T, the code in the top two bits of a byte. Activations that are int8 already are one digit, whose
 // scale, one a token, goes onto the finished sum.
 //
-// Sums of int8 products are integers in units of 1/64. They start from the bits of 1.5 · 2^17, of which one unit in the
-// last place is 1/64: read as float32 they are 1.5 · 2^17 plus the sum, which subtracting makes exact.
-//
 // Work. A thread block cluster owns consecutive row blocks. K is split over its blocks, and within a block over its
 // K_WARPS, each of which keeps its accumulators until its part of K is summed and leaves them in the shared memory of
 // the block that will add the parts, in an order that does not depend on time: results are the same bits every run.
@@ -34,17 +31,8 @@
 
 namespace ternarize {
 
-constexpr int CHUNK = 128;       // weights
 constexpr int CHUNKS = 4;        // of a step
 constexpr int LINE_BYTES = 128;  // of a row and a step
-
-// What the sums of a group start from, and the numbers that they then are.
-template <typename Accumulator>
-constexpr Accumulator ORIGIN = 0;
-template <>
-constexpr int ORIGIN<int> = 0x48400000;
-__device__ __forceinline__ float group_value(float sum) { return sum; }
-__device__ __forceinline__ float group_value(int sum) { return __int_as_float(sum) - __int_as_float(ORIGIN<int>); }
 
 // The tensors of a layer, as the host passes them; null for those that it does not have.
 struct Layer {
@@ -114,7 +102,8 @@ template <typename X, typename Y, int TOKENS, int DIGITS, int TILES, int STAGES,
           int CLUSTERS, int K, int GROUP, int PLANES, int MANTISSA_BYTES, bool GUARDED, typename... Layers>
 __device__ __forceinline__ void linear_decode(const void* x, const void* scale, void* shared, int M, Layers... layers) {
   constexpr int ROWS = 16 * TILES;
-  constexpr int COLUMNS = TOKENS * (DIGITS ? DIGITS : 1);
+  using Inputs = Activations<X, TOKENS, DIGITS, K, GROUP>;
+  constexpr int COLUMNS = Inputs::COLUMNS;
   constexpr int COLUMN_TILES = (COLUMNS + 7) / 8;
   constexpr int ROW_BYTES = K / 4;
   constexpr int STEPS = (ROW_BYTES + LINE_BYTES - 1) / LINE_BYTES;
@@ -220,89 +209,14 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
   for (int stage = 0; stage < STAGES; ++stage) copy(stage);
   wait_for_previous_kernel();
 
-  // This block's part of x in the order of the fragments. Of floats: [chunk][plane][token][lane of a quad], 16 bytes,
-  // for each b the column pairs. Of digits: [chunk][two planes][column][lane of a quad][plane], 8 bytes, or of groups of
-  // 64 [chunk][group][column][lane of a quad][plane], 4 bytes.
+  // This block's part of x, its scales if it is several digits, and the parts of the row blocks whose sums it forms:
+  // [row block][part][value][lane].
   uint8_t* const s_x = static_cast<uint8_t*>(shared) + WARPS * STAGES * STAGE_BYTES;
-  constexpr int X_CHUNK_BYTES = CHUNK * COLUMNS * (DIGITS ? 1 : 2);
   constexpr int MOST_CHUNKS = (STEPS + CLUSTER - 1) / CLUSTER * CHUNKS;
-  float* const s_x_scale = reinterpret_cast<float*>(s_x + MOST_CHUNKS * X_CHUNK_BYTES);  // [chunk][token], of several digits
+  float* const s_x_scale = reinterpret_cast<float*>(s_x + MOST_CHUNKS * Inputs::CHUNK_BYTES);  // [chunk][token]
   float* const s_parts = s_x_scale + (DIGITS > 1 ? MOST_CHUNKS * TOKENS : 0);
-  // 8 bytes of x of plane j and consecutive bytes of a chunk, zeros past the end.
-  auto x_bits = [&](int m, int chunk, int plane, int byte) {
-    constexpr int GROUP_CHUNKS = (GROUP + CHUNK - 1) / CHUNK;
-    const int group = GROUP < CHUNK ? chunk * SCALES + byte / 16 : chunk / GROUP_CHUNKS;
-    const int size = min(GROUP, K - group * GROUP);
-    const int place = GROUP < CHUNK ? byte % 16 : chunk % GROUP_CHUNKS * 32 + byte;
-    if (m >= M || place >= size / 4) return uint2{0, 0};
-    return load_activations(static_cast<const X*>(x) + static_cast<int64_t>(m) * K + group * GROUP +
-                            plane * (size / 4) + place);
-  };
-  if constexpr (DIGITS == 0) {
-    for (int i = threadIdx.x; i < block_steps * CHUNKS * 16 * TOKENS; i += WARPS * 32) {
-      const int q = i % 4, m = i / 4 % TOKENS, plane = i / 4 / TOKENS % 4, chunk = i / 16 / TOKENS;
-      const int at = block_step * CHUNKS + chunk;
-      const uint2 v = x_bits(m, at, plane, SCALES == 1 ? 8 * q : 4 * q);
-      const uint2 w = x_bits(m, at, plane, SCALES == 1 ? 8 * q + 4 : 16 + 4 * q);
-      const uint32_t even_v = __byte_perm(v.x, v.y, 0x5410), odd_v = __byte_perm(v.x, v.y, 0x7632);
-      const uint32_t even_w = __byte_perm(w.x, w.y, 0x5410), odd_w = __byte_perm(w.x, w.y, 0x7632);
-      reinterpret_cast<uint4*>(s_x)[i] =
-          SCALES == 1 ? uint4{even_v, even_w, odd_v, odd_w} : uint4{even_v, odd_v, even_w, odd_w};
-    }
-  } else if constexpr (INT8) {
-    for (int i = threadIdx.x; i < block_steps * CHUNKS * 16 * TOKENS; i += WARPS * 32) {
-      const int eight = i % 4, plane = i / 4 % 4, m = i / 16 % TOKENS, chunk = i / 16 / TOKENS;
-      const uint2 v = x_bits(m, block_step * CHUNKS + chunk, plane, eight * 8);
-      if constexpr (SCALES == 1) {
-        reinterpret_cast<uint2*>(s_x)[((chunk * 2 + plane / 2) * COLUMNS + m) * 8 + eight * 2 + plane % 2] = v;
-      } else {
-        // Of two lanes of a quad.
-        uint32_t* const to =
-            reinterpret_cast<uint32_t*>(s_x) + ((chunk * 2 + eight / 2) * COLUMNS + m) * 16 + eight % 2 * 8 + plane;
-        to[0] = v.x;
-        to[4] = v.y;
-      }
-    }
-  } else {
-    for (int i = warp; i < block_steps * CHUNKS * TOKENS; i += WARPS) {
-      const int m = i % TOKENS, chunk = i / TOKENS;
-      const int plane = lane / 8, byte = lane % 8 * 4;
-      const uint2 v = x_bits(m, block_step * CHUNKS + chunk, plane, byte);
-      uint32_t bits[4];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) bits[k] = float_bits<X>((k < 2 ? v.x : v.y) >> (16 * (k % 2)));
-      uint32_t largest = 1;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) largest = max(largest, bits[k] >> 23 & 0xFF);
-      largest = __reduce_max_sync(0xFFFFFFFF, largest);
-      uint32_t words[DIGITS] = {};
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const uint32_t exponent = bits[k] >> 23 & 0xFF;
-        const int significand = (bits[k] & 0x7FFFFF) + (exponent != 0 ? 0x800000 : 0);
-        // Fixed point, the leading bit of the largest exponent at 7 DIGITS - 2.
-        const int shift = 7 * DIGITS - 25 - static_cast<int>(largest - max(exponent, 1u));
-        const int right = min(max(-shift, 0), 30);
-        int value = shift >= 0 ? significand << shift : (significand + (1 << right >> 1)) >> right;
-        if (bits[k] >> 31) value = -value;
-#pragma unroll
-        for (int digit = DIGITS - 1; digit >= 0; --digit) {
-          const int rest = digit == 0 ? 0 : (value + 64) >> 7;
-          words[digit] |= static_cast<uint32_t>((value - rest * 128) & 0xFF) << (8 * k);
-          value = rest;
-        }
-      }
-#pragma unroll
-      for (int digit = 0; digit < DIGITS; ++digit)
-        reinterpret_cast<uint32_t*>(s_x)[(((chunk * 2 + plane / 2) * COLUMNS + m * DIGITS + digit) * 4 + byte / 8) * 4 +
-                                         plane % 2 * 2 + byte / 4 % 2] = words[digit];
-      // The weight of the first digit; what is not finite makes the sum NaN.
-      if (lane == 0)
-        s_x_scale[i] = largest == 255 ? __int_as_float(0x7FC00000)
-                       : largest > 5  ? exp2_int(static_cast<int>(largest) - 132)
-                                      : __int_as_float(1 << (largest + 17));
-    }
-  }
+  const Inputs inputs{static_cast<const X*>(x), M};
+  inputs.template stage<WARPS * 32>(s_x, s_x_scale, block_step * CHUNKS, block_steps * CHUNKS);
   if (CLUSTER > 1) cluster_wait();
   __syncthreads();
 
@@ -362,7 +276,7 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
 #pragma unroll
       for (int c = 0; c < CHUNKS; ++c) {
         const int chunk = part_chunk + step * CHUNKS + c;
-        const uint8_t* const x_chunk = s_x + chunk * X_CHUNK_BYTES + quad_lane * 16;
+        const uint8_t* const x_chunk = s_x + chunk * Inputs::CHUNK_BYTES + quad_lane * 16;
         Accumulator group_sum[SCALES][TILES][COLUMN_TILES][4];
 #pragma unroll
         for (int i = 0; i < SCALES * TILES * COLUMN_TILES * 4; ++i)

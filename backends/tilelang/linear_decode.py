@@ -29,7 +29,8 @@ STEP = 512
 MOST_TOKENS = 16
 
 SOURCE = "".join(
-    Path(__file__).with_name(name).read_text() for name in ("numbers.cuh", "hopper.cuh", "linear_decode.cuh")
+    Path(__file__).with_name(name).read_text()
+    for name in ("numbers.cuh", "hopper.cuh", "linear_decode_x.cuh", "linear_decode.cuh")
 )
 
 

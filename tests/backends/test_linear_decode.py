@@ -129,7 +129,10 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if shutil.which("g++") is None:
         pytest.skip("no g++ on PATH")
     folder = tmp_path_factory.mktemp("emulation")
-    sources = [Path(linear_decode.__file__).with_name(name) for name in ("numbers.cuh", "linear_decode.cuh")]
+    sources = [
+        Path(linear_decode.__file__).with_name(name)
+        for name in ("numbers.cuh", "linear_decode_x.cuh", "linear_decode.cuh")
+    ]
     text = [f'#include "{path}"\n' for path in (HERE / "emulated_hopper.h", *sources)]
     text += ['extern "C" void set_tensors(const emulated::Range* ranges, int count) {']
     text += ["  emulated::tensors.assign(ranges, ranges + count);\n}"]

@@ -38,7 +38,7 @@ def int8_wgmma_program(
 
     It computes yᵀ = W · qᵀ: the trits are decoded in registers, straight into the int8 operand A of wgmma, and the
     exponents with them (linear_int8_wgmma.cuh). One step along K is one scale group. TMA fills what lies beyond M and N
-    with zeros; the packed groups of 32, 8 bytes each, are too short for it, and TileLang copies those with predicated loads.
+    with zeros. Packed groups of 32, 8 bytes each, are too short for it: TileLang copies those with predicated loads.
 
     Args:
         layers: of the launch, one, with one trit plane and no mantissa.

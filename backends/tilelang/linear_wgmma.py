@@ -4,6 +4,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,6 @@ _TMA_TYPE = {"uint8": (0, 1), "float16": (6, 2), "bfloat16": (9, 2)}
 _TMA_SWIZZLE = {32: 1, 64: 2, 128: 3}
 _TMA_L2_128_BYTES = 2
 
-#: Steps in flight, at most.
-MOST_STAGES = 12
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tile:
@@ -43,15 +41,23 @@ class Tile:
     """Blocks among which K is split for the tiles that are left over: 1, 2, 4 or 8."""
 
     @property
+    def BLOCK_N(self) -> int:
+        """Outputs of a tile."""
+        return 64 * self.ROW_TILES * self.WARPGROUPS
+
+    @property
     def stored_tokens(self) -> int:
         """Tokens that a warpgroup stores at once: STORED of the kernel."""
         units = max(self.ROW_TILES * self.BLOCK_M // 8 // self.CLUSTER, 1)
         return 8 * math.gcd(4, units, self.BLOCK_M // 8)
 
     def shared_bytes(self, planes: int) -> int:
-        """Shared memory of a block: stages with their barriers, and two buffers of y a warpgroup."""
-        stage = self.BLOCK_M * 256 + 64 * self.ROW_TILES * self.WARPGROUPS * 32 * planes + 16
-        return self.STAGES * stage + self.WARPGROUPS * 2 * self.stored_tokens * 128
+        """Shared memory of a block: its stages, and two buffers of y a warpgroup."""
+        return self.STAGES * self.stage_bytes(planes) + self.WARPGROUPS * 2 * self.stored_tokens * 128
+
+    def stage_bytes(self, planes: int) -> int:
+        """Of a step: x, packed trits and two barriers."""
+        return self.BLOCK_M * 256 + self.BLOCK_N * 32 * planes + 16
 
 
 def _tensor_map(buffer: Any, box: tuple[int, ...], swizzle: int) -> Any:
@@ -152,25 +158,72 @@ def wgmma_program(layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, 
     return ternary_linear_wgmma
 
 
-def scales_operand(layers: tuple[LayerShape, ...], dtype: Dtype) -> bool:
-    """Whether 2^E is multiplied into the operand, SCALED of the kernel: else the sums take twice the registers."""
-    return dtype == "bfloat16" and layers[0].mantissa is None
+#: Microseconds that a block takes for a step along K, by BLOCK_M, ROW_TILES and WARPGROUPS; those of a launch; of the
+#: start and end of a tile of 128 tokens and row tiles, and what adding up its parts costs beyond that. Least squares
+#: over 307 timings of 8 layers, 16 to 4096 tokens, on an H100 (docs/benchmarks.md): 7 % of each.
+_STEP = {
+    (16, 1, 2): 0.41,
+    (16, 1, 4): 0.60,
+    (16, 2, 2): 0.61,
+    (16, 2, 4): 1.11,
+    (32, 1, 2): 0.43,
+    (64, 1, 2): 0.46,
+    (64, 1, 3): 0.69,
+    (64, 1, 4): 0.87,
+    (64, 2, 2): 0.80,
+    (128, 1, 2): 0.65,
+    (128, 1, 3): 0.96,
+    (128, 1, 4): 1.33,
+    (192, 1, 3): 1.41,
+    (256, 1, 2): 1.24,
+}
+_LAUNCH, _TILE, _SPLIT = 2.3, 2.0, 0.2
+
+#: Sums that a thread has room for where those of groups are kept apart, by WARPGROUPS.
+_MOST_SUMS = {2: 160, 3: 96, 4: 48}
+
+#: Steps in flight, at most; and at least, to hide the latency of memory.
+_MOST_STAGES, _LEAST_STAGES = 12, 3
 
 
-def wgmma_tile(
-    layers: tuple[LayerShape, ...], *, BLOCK_M: int, ROW_TILES: int = 2, WARPGROUPS: int = 2, CLUSTER: int = 1
-) -> Tile:
-    """A tile with as many stages as fit shared memory, and as a loader keeps in flight."""
-    tile = Tile(BLOCK_M=BLOCK_M, ROW_TILES=ROW_TILES, WARPGROUPS=WARPGROUPS, STAGES=0, CLUSTER=CLUSTER)
-    rest = SHARED_BYTES - tile.shared_bytes(layers[0].planes)
-    stage = dataclasses.replace(tile, STAGES=1).shared_bytes(layers[0].planes) - tile.shared_bytes(layers[0].planes)
-    return dataclasses.replace(tile, STAGES=min(rest // stage, MOST_STAGES))
+def wgmma_tiles(layers: tuple[LayerShape, ...], dtype: Dtype) -> Iterator[Tile]:
+    """The sizes of linear_wgmma.cuh that fit the shared memory and the registers of a block, whatever the tokens."""
+    # SCALED of the kernel.
+    scaled = dtype == "bfloat16" and layers[0].mantissa is None
+    for BLOCK_M, ROW_TILES, WARPGROUPS in _STEP:
+        sums = BLOCK_M // 2 * (ROW_TILES + 2)
+        if not scaled and sums > _MOST_SUMS[WARPGROUPS]:
+            continue
+        for CLUSTER in CLUSTERS:
+            tile = Tile(BLOCK_M=BLOCK_M, ROW_TILES=ROW_TILES, WARPGROUPS=WARPGROUPS, STAGES=0, CLUSTER=CLUSTER)
+            rest = SHARED_BYTES - tile.shared_bytes(layers[0].planes)
+            STAGES = min(rest // tile.stage_bytes(layers[0].planes), _MOST_STAGES)
+            if STAGES >= _LEAST_STAGES:
+                yield dataclasses.replace(tile, STAGES=STAGES)
 
 
 def choose_wgmma_tile(M: int, layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype) -> Tile:
-    """The sizes of linear_wgmma.cuh for M tokens."""
-    if M <= 32:
-        return wgmma_tile(layers, BLOCK_M=32, CLUSTER=8)
-    if M <= 64 or not scales_operand(layers, dtype):
-        return wgmma_tile(layers, BLOCK_M=64, CLUSTER=4)
-    return wgmma_tile(layers, BLOCK_M=128, CLUSTER=2)
+    """The sizes of linear_wgmma.cuh for M tokens: those with the least `estimated_microseconds`."""
+    return min(wgmma_tiles(layers, dtype), key=lambda tile: estimated_microseconds(tile, M, layers, K, g))
+
+
+def estimated_microseconds(tile: Tile, M: int, layers: tuple[LayerShape, ...], K: int, g: int) -> float:
+    """How long a call takes: rounds of whole tiles, then tiles whose steps a cluster shares, as the kernel does it.
+
+    Only to compare tiles: for many tokens clocks fall, and all take longer.
+    """
+    tiles = sum(-(-layer.N // tile.BLOCK_N) for layer in layers) * -(-M // tile.BLOCK_M)
+    clusters = CLUSTERS[tile.CLUSTER]
+    rounds, left = divmod(tiles, clusters * tile.CLUSTER)
+    if left > (tile.CLUSTER - 1) * clusters:
+        rounds, left = rounds + 1, 0
+    shared_rounds = -(-left // clusters)
+    # A last group that is smaller has steps of its own.
+    steps = K // g * -(-g // 128) + -(-(K % g) // 128) if g >= 128 else -(-K // 128)
+    step = _STEP[tile.BLOCK_M, tile.ROW_TILES, tile.WARPGROUPS]
+    size = tile.BLOCK_M * tile.ROW_TILES / 128
+    return (
+        _LAUNCH
+        + rounds * (steps * step + size * _TILE)
+        + shared_rounds * (-(-steps // tile.CLUSTER) * step + size * (_TILE + _SPLIT))
+    )

@@ -94,8 +94,8 @@ def _call(case: Case, index: int) -> str:
     function = decode_function(case.layers, case.K, case.g, case.dtype, guarded=True, tile=tile)
     shared_bytes = tile.shared_bytes(case.layers, case.K, case.g)
     return f"""
-    extern "C" void run_{index}(void* x, int M, void** p) {{
-      emulated::run({tile.CLUSTERS}, {tile.CLUSTER}, {32 * tile.WARPS}, {shared_bytes}, [&](uint8_t* shared) {{
+    extern "C" const char* run_{index}(void* x, int M, void** p) {{
+      return emulated::run({tile.CLUSTERS}, {tile.CLUSTER}, {32 * tile.WARPS}, {shared_bytes}, [&](uint8_t* shared) {{
         {function}(x, shared, M, {layers});
       }});
     }}"""
@@ -168,7 +168,9 @@ def _emulate(library: ctypes.CDLL, name: str, x: Tensor, layers: Sequence[Operan
     pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     library.set_tensors((ctypes.c_void_p * len(bounds))(*bounds), len(bounds) // 2)
     run = library[f"run_{list(CASES).index(name)}"]
-    run(ctypes.c_void_p(x.data_ptr()), x.shape[0], (ctypes.c_void_p * len(pointers))(*pointers))
+    run.restype = ctypes.c_char_p
+    failure = run(ctypes.c_void_p(x.data_ptr()), x.shape[0], (ctypes.c_void_p * len(pointers))(*pointers))
+    assert failure is None, failure
 
 
 def _assert_right(layer: Operands, x: Tensor, case: Case) -> None:

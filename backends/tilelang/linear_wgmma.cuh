@@ -432,7 +432,14 @@ __device__ __forceinline__ void linear_wgmma(const CUtensorMap& x, int M, void* 
             bias[half] = bias_value(work.layer.bias[min(n + row + half * 8, work.layer.N - 1)],
                                     *work.layer.bias_exponent);
         }
-        if (thread == 0) stores_read<1>();
+        // The store before this one may be reading the other buffer. If this is none of TMA, that one may be the last
+        // group even when this buffer's turn comes again, so it ends here.
+        if (thread == 0) {
+          if (work.layer.y_boxes != nullptr)
+            stores_read<1>();
+          else
+            stores_read<0>();
+        }
         named_barrier(1 + warpgroup, 128);
 #pragma unroll
         for (int u = 0; u < STORED; u += 2) {

@@ -150,6 +150,15 @@ def emulate(library: ctypes.CDLL, function: str, readable: Iterable[Tensor | Non
 # For the GPU.
 
 
+def run_on_gpu(kernel: Any, inputs: list[Tensor], layers: list[Operands]) -> None:
+    """Call a compiled program with what the layers share and with all of theirs, and take over y and status."""
+    on_gpu = [layer.cuda() for layer in layers]
+    given = [tensor for layer in on_gpu for tensor in layer.tensors()[:-1] if tensor is not None]
+    kernel(*(tensor.cuda() for tensor in inputs), *given, *(layer.y for layer in on_gpu))
+    for layer, result in zip(layers, on_gpu, strict=True):
+        layer.y, layer.status = result.y.cpu(), result.status.cpu()
+
+
 def lower(program: Any) -> str:
     """The CUDA C++ of a TileLang program."""
     import tilelang

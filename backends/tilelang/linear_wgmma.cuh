@@ -156,14 +156,14 @@ __device__ __forceinline__ void linear_wgmma(const CUtensorMap& x, int M, void* 
   constexpr int STORE_BYTES = STORED * 8 * 128;
 
   uint8_t* const s_x = static_cast<uint8_t*>(shared);
-  uint8_t* const s_y = s_x + STAGES * X_BYTES;  // [warpgroup][2]
-  uint8_t* const s_packed = s_y + WARPGROUPS * 2 * STORE_BYTES;
-  uint64_t* const full = reinterpret_cast<uint64_t*>(s_packed + STAGES * PACKED_BYTES);
+  uint8_t* const s_packed = s_x + STAGES * X_BYTES;
+  uint8_t* const s_y = s_packed + STAGES * PACKED_BYTES;  // [warpgroup][2]
+  uint64_t* const full = reinterpret_cast<uint64_t*>(s_y + WARPGROUPS * 2 * STORE_BYTES);
   uint64_t* const empty = full + STAGES;
   static_assert(STAGES * (X_BYTES + PACKED_BYTES + 16) + WARPGROUPS * 2 * STORE_BYTES <= SHARED_BYTES);
   // The sums of a tile that is split, once its stages are free: [rank][unit][thread].
   float4* const s_parts = static_cast<float4*>(shared);
-  static_assert(CLUSTER == 1 || UNITS * THREADS * 16 <= STAGES * X_BYTES);
+  static_assert(CLUSTER == 1 || CLUSTER * OWN * THREADS * 16 <= STAGES * (X_BYTES + PACKED_BYTES));
 
   const int thread = threadIdx.x % 128, warpgroup = threadIdx.x / 128;
   const int warp = thread / 32, lane = threadIdx.x % 32;
@@ -432,7 +432,14 @@ __device__ __forceinline__ void linear_wgmma(const CUtensorMap& x, int M, void* 
             bias[half] = bias_value(work.layer.bias[min(n + row + half * 8, work.layer.N - 1)],
                                     *work.layer.bias_exponent);
         }
-        if (thread == 0) stores_read<1>();
+        // The store before this one may be reading the other buffer. If this is none of TMA, that one may be the last
+        // group even when this buffer's turn comes again, so it ends here.
+        if (thread == 0) {
+          if (work.layer.y_boxes != nullptr)
+            stores_read<1>();
+          else
+            stores_read<0>();
+        }
         named_barrier(1 + warpgroup, 128);
 #pragma unroll
         for (int u = 0; u < STORED; u += 2) {

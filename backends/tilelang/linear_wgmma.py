@@ -51,6 +51,18 @@ class Tile:
         units = max(self.ROW_TILES * self.BLOCK_M // 8 // self.CLUSTER, 1)
         return 8 * math.gcd(4, units, self.BLOCK_M // 8)
 
+    def x_box(self, K: int, g: int) -> tuple[int, int]:
+        """Tokens and columns of x that TMA loads at once; the columns are ROW_COLUMNS of the kernel."""
+        return self.BLOCK_M, 64 if g <= 128 and K % g == 0 else 32
+
+    def packed_box(self, planes: int) -> tuple[int, ...]:
+        """Planes, if several, rows and bytes of T_packed that TMA loads at once."""
+        return (64 * self.ROW_TILES, 32) if planes == 1 else (planes, 64 * self.ROW_TILES, 32)
+
+    def y_box(self) -> tuple[int, int]:
+        """Tokens and outputs of y that TMA stores at once."""
+        return self.stored_tokens, 64
+
     def shared_bytes(self, planes: int) -> int:
         """Shared memory of a block: its stages, and two buffers of y a warpgroup."""
         return self.STAGES * self.stage_bytes(planes) + self.WARPGROUPS * 2 * self.stored_tokens * 128
@@ -60,15 +72,15 @@ class Tile:
         return self.BLOCK_M * 256 + self.BLOCK_N * 32 * planes + 16
 
 
-def _tensor_map(buffer: Any, box: tuple[int, ...], swizzle: int) -> Any:
+def _tensor_map(buffer: Any, box: tuple[int, ...]) -> Any:
     """A TMA descriptor of a row-major buffer, whose last dimension TMA counts first.
 
     Args:
         buffer: of TileLang.
-        box: what is copied at once, its shape.
-        swizzle: bytes, those of a row of the box.
+        box: what is copied at once, its shape; it is swizzled by the bytes of its rows: 32, 64 or 128.
     """
     tma_type, stride = _TMA_TYPE[str(buffer.dtype)]
+    swizzle = _TMA_SWIZZLE[box[-1] * stride]
     strides = []
     for extent in reversed(buffer.shape):
         strides.append(stride)
@@ -82,10 +94,25 @@ def _tensor_map(buffer: Any, box: tuple[int, ...], swizzle: int) -> Any:
         *reversed(box),
         *(1 for _ in box),
         0,
-        _TMA_SWIZZLE[swizzle],
+        swizzle,
         _TMA_L2_128_BYTES,
         0,
     )
+
+
+def wgmma_function(layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, *, guarded: bool, tile: Tile) -> str:
+    """The instance of linear_wgmma.cuh for a call; arguments as of `wgmma_program`."""
+    parameters = (
+        "__nv_bfloat16" if dtype == "bfloat16" else "__half",
+        K,
+        g,
+        layers[0].planes,
+        MANTISSA_BYTES[layers[0].mantissa],
+        str(guarded).lower(),
+        *dataclasses.astuple(tile),
+        tile.shared_bytes(layers[0].planes),
+    )
+    return f"ternarize::linear_wgmma<{', '.join(map(str, parameters))}>"
 
 
 def wgmma_program(layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, *, guarded: bool, tile: Tile) -> Any:
@@ -104,28 +131,15 @@ def wgmma_program(layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, 
     """
     planes = layers[0].planes
     shared_bytes = tile.shared_bytes(planes)
-    parameters = (
-        "__nv_bfloat16" if dtype == "bfloat16" else "__half",
-        K,
-        g,
-        planes,
-        MANTISSA_BYTES[layers[0].mantissa],
-        str(guarded).lower(),
-        *dataclasses.astuple(tile),
-        shared_bytes,
-    )
-    function = f"ternarize::linear_wgmma<{', '.join(map(str, parameters))}>"
-    # Columns of x that are neighbours, in a row of shared memory: ROW_COLUMNS of the kernel.
-    row_columns = 64 if g <= 128 and K % g == 0 else 32
-    packed_box = (64 * tile.ROW_TILES, 32) if planes == 1 else (planes, 64 * tile.ROW_TILES, 32)
+    function = wgmma_function(layers, K, g, dtype, guarded=guarded, tile=tile)
 
     def layer_argument(layer, tensors):
         # TMA stores rows that are a multiple of 16 bytes.
-        y_boxes = _tensor_map(tensors.y, (tile.stored_tokens, 64), 128) if layer.N % 8 == 0 else 0
+        y_boxes = _tensor_map(tensors.y, tile.y_box()) if layer.N % 8 == 0 else 0
         return T.call_extern(
             "handle",
             "ternarize::layer",
-            _tensor_map(tensors.T_packed, packed_box, 32),
+            _tensor_map(tensors.T_packed, tile.packed_box(planes)),
             y_boxes,
             layer.N,
             pointer(tensors.E, "r"),
@@ -147,7 +161,7 @@ def wgmma_program(layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, 
             T.call_extern(
                 "handle",
                 function,
-                _tensor_map(x, (tile.BLOCK_M, row_columns), 2 * row_columns),
+                _tensor_map(x, tile.x_box(K, g)),
                 x.shape[0],
                 T.access_ptr(shared[0], "rw"),
                 *(layer_argument(layer, tensors) for layer, tensors in zip(layers, buffers, strict=True)),

@@ -78,8 +78,8 @@ def verify(stem: str, facts: "Facts") -> tuple[bool, str]:
         ),
         (
             stem == "linear_int8" and (g not in INT8_GROUP_SIZES or K % g != 0),
-            f"group_size is {facts.group_size} at in_features {K}, int8 activations need one of "
-            f"{', '.join(map(str, INT8_GROUP_SIZES))} that divides it",
+            f"group_size is {facts.group_size} at in_features {K}, int8 needs a divisor: "
+            + ", ".join(map(str, INT8_GROUP_SIZES)),
         ),
         (
             stem == "linear_int8" and K >= MOST_INT8_COLUMNS,

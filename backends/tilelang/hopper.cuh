@@ -34,6 +34,11 @@ __device__ __forceinline__ uint2 load_activations(const void* address) {
   asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(address) : "memory");
   return value;
 }
+__device__ __forceinline__ float load_scale(const float* address) {
+  float value;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(address) : "memory");
+  return value;
+}
 
 // d += A · B, with A [16, 16] and B [16, 8] in bfloat16 or float16 and d [16, 8] in float32.
 template <typename Float>

@@ -11,5 +11,5 @@ MULTIPROCESSORS = 132
 #: whose blocks stay, one cluster more than fit would run after all others and double the time.
 CLUSTERS = {1: 132, 2: 66, 4: 29, 8: 13}
 
-#: Most shared memory of a block, and with which two blocks fit a multiprocessor: 228 KiB less 1 KiB a block.
-SHARED_BYTES, HALF_SHARED_BYTES = 227 * 1024, 113 * 1024
+#: Most shared memory of a block: 228 KiB less 1 KiB a block.
+SHARED_BYTES = 227 * 1024

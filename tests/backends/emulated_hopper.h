@@ -53,6 +53,10 @@ inline uint2 load_activations(const void* address) {
   emulated::require_readable(address, 8);
   return *static_cast<const uint2*>(address);
 }
+inline float load_scale(const float* address) {
+  emulated::require_readable(address, 4);
+  return *address;
+}
 
 template <typename Float>
 uint32_t float_bits(uint32_t word) {

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ternarize.config import Activation
 from ternarize.packing import dequantize, groups_per_row, pack
 
 pytest.importorskip("tilelang", reason="TileLang is for Linux")
@@ -40,6 +41,7 @@ class Case:
     K: int
     g: int
     dtype: Dtype = "bfloat16"
+    activation: Activation = "float"
     tile: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def decode_tile(self) -> Any:
@@ -47,7 +49,8 @@ class Case:
 
         least = dict.fromkeys((field.name for field in dataclasses.fields(DecodeTile)), 1)
         tokens = next(tokens for tokens in (1, 2, 4, 8, 16) if tokens >= self.M)
-        return DecodeTile(**{**least, "TOKENS": tokens, "DIGITS": 0, "STAGES": 2, "WARPS": 2, **self.tile})
+        digits = 1 if self.activation == "int8" else 0
+        return DecodeTile(**{**least, "TOKENS": tokens, "DIGITS": digits, "STAGES": 2, "WARPS": 2, **self.tile})
 
 
 CASES = {
@@ -79,11 +82,26 @@ CASES = {
     "digits of float16": Case(
         M=2, layers=(_layer(19),), K=1024, g=128, dtype="float16", tile={"DIGITS": 4, "CLUSTER": 2}
     ),
+    "int8": Case(M=1, layers=(_layer(19),), K=1088, g=128, activation="int8", tile={"K_WARPS": 2}),
+    "int8, three layers": Case(
+        M=5,
+        layers=(_layer(33, bias=True), _layer(5), _layer(17, bias=True)),
+        K=704,
+        g=128,
+        activation="int8",
+        tile={"TILES": 2, "CLUSTER": 2},
+    ),
+    "int8, groups of 64": Case(
+        M=16, layers=(_layer(19),), K=1216, g=64, dtype="float16", activation="int8", tile={"K_WARPS": 2}
+    ),
+    "int8, groups of 256": Case(M=2, layers=(_layer(19, bias=True),), K=960, g=256, activation="int8"),
+    "int8, a group a row": Case(M=2, layers=(_layer(19),), K=192, g=192, activation="int8"),
+    "int8, the longest row": Case(M=1, layers=(_layer(2),), K=2**17 - 64, g=128, activation="int8"),
 }
 
 
 def _call(case: Case, index: int) -> str:
-    """C++ that runs a case, as the function run_INDEX(x, M, the pointers of the layers in the order of ``layer``)."""
+    """C++ that runs a case: run_INDEX(x, scale, M, the pointers of the layers in the order of ``layer``)."""
     from ternarize.backends.tilelang.linear_decode import decode_function
 
     tile = case.decode_tile()
@@ -91,12 +109,14 @@ def _call(case: Case, index: int) -> str:
         "ternarize::layer({}, {})".format(layer.N, ", ".join(f"p[{7 * i + j}]" for j in range(7)))
         for i, layer in enumerate(case.layers)
     )
-    function = decode_function(case.layers, case.K, case.g, case.dtype, guarded=True, tile=tile)
+    function = decode_function(
+        case.layers, case.K, case.g, case.dtype, guarded=True, tile=tile, activation=case.activation
+    )
     shared_bytes = tile.shared_bytes(case.layers, case.K, case.g)
     return f"""
-    extern "C" const char* run_{index}(void* x, int M, void** p) {{
+    extern "C" const char* run_{index}(void* x, void* scale, int M, void** p) {{
       return emulated::run({tile.CLUSTERS}, {tile.CLUSTER}, {32 * tile.WARPS}, {shared_bytes}, [&](uint8_t* shared) {{
-        {function}(x, shared, M, {layers});
+        {function}(x, scale, shared, M, {layers});
       }});
     }}"""
 
@@ -109,7 +129,10 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if shutil.which("g++") is None:
         pytest.skip("no g++ on PATH")
     folder = tmp_path_factory.mktemp("emulation")
-    sources = [Path(linear_decode.__file__).with_name(name) for name in ("numbers.cuh", "linear_decode.cuh")]
+    sources = [
+        Path(linear_decode.__file__).with_name(name)
+        for name in ("numbers.cuh", "linear_decode_x.cuh", "linear_decode.cuh")
+    ]
     text = [f'#include "{path}"\n' for path in (HERE / "emulated_hopper.h", *sources)]
     text += ['extern "C" void set_tensors(const emulated::Range* ranges, int count) {']
     text += ["  emulated::tensors.assign(ranges, ranges + count);\n}"]
@@ -148,8 +171,9 @@ class Operands:
             y=torch.full((case.M, layer.N), torch.nan, dtype=getattr(torch, case.dtype)),
         )
 
-    def expected(self, x: Tensor, case: Case) -> Tensor:
-        y = x.double() @ dequantize(self.T_packed, self.E, self.E_mantissa, case.K, case.g, torch.float64).mT
+    def expected(self, inputs: "Inputs", case: Case) -> Tensor:
+        x = inputs.x.double() if inputs.scale is None else inputs.x.double() * inputs.scale.double()[:, None]
+        y = x @ dequantize(self.T_packed, self.E, self.E_mantissa, case.K, case.g, torch.float64).mT
         if self.bias is None or self.bias_exponent is None:
             return y
         return y + torch.ldexp(self.bias.double(), self.bias_exponent)
@@ -162,50 +186,72 @@ class Operands:
         return [getattr(self, field.name) for field in dataclasses.fields(self)]
 
 
-def _emulate(library: ctypes.CDLL, name: str, x: Tensor, layers: Sequence[Operands]) -> None:
+@dataclasses.dataclass(kw_only=True)
+class Inputs:
+    """What the layers of a call share."""
+
+    x: Tensor
+    """[M, K] in the dtype of the case, or int8."""
+    scale: Tensor | None = None
+    """float32 [M], of int8."""
+
+    @classmethod
+    def random(cls, case: Case) -> "Inputs":
+        """Groups of different magnitude, so that a scale of the wrong group shows."""
+        if case.activation == "int8":
+            x = torch.randint(-128, 128, (case.M, case.K), dtype=torch.int8)
+            return cls(x=x, scale=torch.exp2(torch.rand(case.M) * 8 - 4))
+        G = groups_per_row(case.K, case.g)
+        magnitude = torch.exp2(torch.randint(-6, 7, (case.M, G)).float()).repeat_interleave(case.g, 1)[:, : case.K]
+        return cls(x=(torch.randn(case.M, case.K) * magnitude).to(getattr(torch, case.dtype)))
+
+    def tensors(self) -> list[Tensor]:
+        return [self.x] if self.scale is None else [self.x, self.scale]
+
+
+def _emulate(library: ctypes.CDLL, name: str, inputs: Inputs, layers: Sequence[Operands]) -> None:
     tensors = [tensor for layer in layers for tensor in layer.tensors()]
-    bounds = [bound for t in (x, *tensors) if t is not None for bound in (t.data_ptr(), t.data_ptr() + t.nbytes)]
-    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    library.set_tensors((ctypes.c_void_p * len(bounds))(*bounds), len(bounds) // 2)
+    named = [tensor for tensor in (*inputs.tensors(), *tensors) if tensor is not None]
+    bounds = [bound for t in named for bound in (t.data_ptr(), t.data_ptr() + t.nbytes)]
+    library.set_tensors((ctypes.c_void_p * len(bounds))(*bounds), len(named))
+    x, scale, *pointers = [0 if t is None else t.data_ptr() for t in (inputs.x, inputs.scale, *tensors)]
     run = library[f"run_{list(CASES).index(name)}"]
     run.restype = ctypes.c_char_p
-    failure = run(ctypes.c_void_p(x.data_ptr()), x.shape[0], (ctypes.c_void_p * len(pointers))(*pointers))
+    given = (ctypes.c_void_p * len(pointers))(*pointers)
+    failure = run(ctypes.c_void_p(x), ctypes.c_void_p(scale), inputs.x.shape[0], given)
     assert failure is None, failure
 
 
-def _assert_right(layer: Operands, x: Tensor, case: Case) -> None:
-    expected = layer.expected(x, case)
+def _assert_right(layer: Operands, inputs: Inputs, case: Case) -> None:
+    expected = layer.expected(inputs, case)
     float32_error = 1e-5 * float(expected.abs().max())
     torch.testing.assert_close(layer.y.double(), expected, rtol=ROUNDING_ERROR[case.dtype], atol=float32_error)
-
-
-def _random_x(case: Case) -> Tensor:
-    """Groups of different magnitude, so that a scale of the wrong group shows."""
-    G = groups_per_row(case.K, case.g)
-    magnitude = torch.exp2(torch.randint(-6, 7, (case.M, G)).float()).repeat_interleave(case.g, 1)[:, : case.K]
-    return (torch.randn(case.M, case.K) * magnitude).to(getattr(torch, case.dtype))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_decode_equals_float64(emulation: ctypes.CDLL, name: str) -> None:
     torch.manual_seed(0)
     case = CASES[name]
-    x, layers = _random_x(case), [Operands.random(layer, case) for layer in case.layers]
-    _emulate(emulation, name, x, layers)
+    inputs, layers = Inputs.random(case), [Operands.random(layer, case) for layer in case.layers]
+    _emulate(emulation, name, inputs, layers)
     for layer in layers:
-        _assert_right(layer, x, case)
+        _assert_right(layer, inputs, case)
         assert layer.status.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("name", ["three layers", "digits"])
+@pytest.mark.parametrize("name", ["three layers", "digits", "int8, three layers"])
 def test_decode_reports_a_result_that_is_not_finite(emulation: ctypes.CDLL, name: str) -> None:
     torch.manual_seed(0)
     case = CASES[name]
-    x, layers = _random_x(case), [Operands.random(layer, case) for layer in case.layers]
-    x[0, 300] = torch.inf
-    _emulate(emulation, name, x, layers)
+    inputs, layers = Inputs.random(case), [Operands.random(layer, case) for layer in case.layers]
+    if inputs.scale is None:
+        inputs.x[0, 300] = torch.inf
+    else:
+        inputs.scale[0] = torch.inf
+    _emulate(emulation, name, inputs, layers)
     for layer in layers:
         assert not layer.y[0].isfinite().any()
+        assert layer.y[1:].isfinite().all()
         assert layer.status.tolist() == [1, 0]
 
 
@@ -219,9 +265,30 @@ def test_decode_holds_over_the_whole_range_of_exponents(emulation: ctypes.CDLL, 
     layer.E[:] = exponents
     # Up to 2^115: twice a group of x is summed before the sum is scaled.
     x = torch.randn(case.M, case.K) * torch.exp2(-exponents.clamp(-115, 124)).repeat_interleave(case.g)[: case.K]
-    x = x.bfloat16()
-    _emulate(emulation, name, x, [layer])
-    _assert_right(layer, x, case)
+    inputs = Inputs(x=x.bfloat16())
+    _emulate(emulation, name, inputs, [layer])
+    _assert_right(layer, inputs, case)
+
+
+@pytest.mark.parametrize("name", ["int8", "int8, groups of 64", "int8, the longest row"])
+def test_int8_sums_are_exact_at_every_exponent(emulation: ctypes.CDLL, name: str) -> None:
+    torch.manual_seed(0)
+    case = CASES[name]
+    ends = (-126, 127) if case.dtype == "bfloat16" else (-30, 10)
+    (layer,) = [Operands.random(layer, case) for layer in case.layers]
+    # One exponent a row, and a scale that is a power of two: all that is rounded is the result.
+    layer.E[:] = torch.linspace(*ends, len(layer.E)).round()[:, None]
+    inputs = Inputs.random(case)
+    # As small as the quantiser's least, so that the results are finite.
+    inputs.scale = torch.full((case.M,), 2.0**-24)
+    # The largest sum that there is, of trits that are all not 0, at the largest exponent.
+    layer.T_packed[-1] |= 0x55
+    T = dequantize(layer.T_packed, torch.zeros_like(layer.E), None, case.K, case.g, torch.float32)
+    inputs.x[0] = torch.where(T[-1] < 0, -128, 127).to(torch.int8)
+    _emulate(emulation, name, inputs, [layer])
+    expected = layer.expected(inputs, case).to(layer.y.dtype)
+    assert expected.isfinite().all()
+    assert torch.equal(layer.y, expected)
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +300,15 @@ def kernels() -> dict[str, Any]:
     from ternarize.backends.tilelang.linear_decode import decode_program
 
     programs = [
-        decode_program(case.layers, case.K, case.g, case.dtype, guarded=True, tile=case.decode_tile())
+        decode_program(
+            case.layers,
+            case.K,
+            case.g,
+            case.dtype,
+            guarded=True,
+            tile=case.decode_tile(),
+            activation=case.activation,
+        )
         for case in CASES.values()
     ]
     return dict(zip(CASES, tilelang.par_compile(programs, target=TARGET), strict=True))
@@ -244,26 +319,26 @@ def kernels() -> dict[str, Any]:
 def test_decode_equals_float64_and_itself_on_the_gpu(kernels: dict[str, Any], name: str) -> None:
     torch.manual_seed(0)
     case = CASES[name]
-    x, layers = _random_x(case), [Operands.random(layer, case) for layer in case.layers]
+    inputs, layers = Inputs.random(case), [Operands.random(layer, case) for layer in case.layers]
 
-    def run(x: Tensor) -> None:
+    def run(inputs: Inputs) -> None:
         on_gpu = [layer.cuda() for layer in layers]
-        inputs = [tensor for layer in on_gpu for tensor in layer.tensors()[:-1] if tensor is not None]
-        kernels[name](x.cuda(), *inputs, *(layer.y for layer in on_gpu))
+        given = [tensor for layer in on_gpu for tensor in layer.tensors()[:-1] if tensor is not None]
+        kernels[name](*(tensor.cuda() for tensor in inputs.tensors()), *given, *(layer.y for layer in on_gpu))
         for layer, result in zip(layers, on_gpu, strict=True):
             layer.y, layer.status = result.y.cpu(), result.status.cpu()
 
-    run(x)
+    run(inputs)
     first = [layer.y for layer in layers]
     for layer in layers:
-        _assert_right(layer, x, case)
+        _assert_right(layer, inputs, case)
         assert layer.status.tolist() == [0, 0]
     # The parts of K are summed in one order, whichever warp is first.
     for _ in range(3):
-        run(x)
+        run(inputs)
         assert all(torch.equal(layer.y, y) for layer, y in zip(layers, first, strict=True))
-    x[0, 5] = torch.nan
-    run(x)
+    (inputs.x[0] if inputs.scale is None else inputs.scale)[0] = torch.nan
+    run(inputs)
     assert all(layer.status.tolist() == [1, 0] for layer in layers)
 
 
@@ -276,22 +351,25 @@ def _lower(program: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("M", "layers", "K", "g", "guarded"),
+    ("M", "layers", "K", "g", "guarded", "activation"),
     [
-        (1, (_layer(4096), _layer(1024, bias=True), _layer(1024)), 4096, 128, False),
-        (16, (_layer(333, planes=3, mantissa="int16", bias=True),), 1152, 64, True),
+        (1, (_layer(4096), _layer(1024, bias=True), _layer(1024)), 4096, 128, False, "float"),
+        (16, (_layer(333, planes=3, mantissa="int16", bias=True),), 1152, 64, True, "float"),
+        (1, (_layer(4096), _layer(1024, bias=True), _layer(1024)), 4096, 128, False, "int8"),
+        (16, (_layer(14336), _layer(333, bias=True)), 4096, 128, True, "int8"),
+        (16, (_layer(333, bias=True),), 1152, 64, True, "int8"),
     ],
 )
 def test_the_program_passes_its_arguments_in_order_and_compiles(
-    tmp_path: Path, M: int, layers: tuple[Any, ...], K: int, g: int, guarded: bool
+    tmp_path: Path, M: int, layers: tuple[Any, ...], K: int, g: int, guarded: bool, activation: Activation
 ) -> None:
     from ternarize.backends.tilelang.linear_decode import choose_decode_tile, decode_program
 
-    tile = choose_decode_tile(M, layers, K, g, "bfloat16")
+    tile = choose_decode_tile(M, layers, K, g, "bfloat16", activation)
     assert tile is not None
-    source = _lower(decode_program(layers, K, g, "bfloat16", guarded=guarded, tile=tile))
+    source = _lower(decode_program(layers, K, g, "bfloat16", guarded=guarded, tile=tile, activation=activation))
     call = source[source.rindex("ternarize::linear_decode<") :].split(";")[0]
-    expected = ["x", "shared"]
+    expected = ["x", *["scale"] * (activation == "int8"), "shared"]
     for i, layer in enumerate(layers):
         expected += [f"T_packed_{i}", f"E_{i}"] + [f"E_mantissa_{i}"] * (layer.mantissa is not None)
         expected += [f"bias_{i}", f"bias_exponent_{i}"] * layer.bias + [f"status_{i}"] * guarded + [f"y_{i}"]

@@ -78,7 +78,7 @@ def verify(stem: str, facts: "Facts") -> tuple[bool, str]:
         ),
         (
             stem == "linear_int8" and (g not in INT8_GROUP_SIZES or K % g != 0),
-            f"group_size is {facts.group_size} at in_features {K}, int8 needs a divisor: "
+            f"group_size is {facts.group_size} at in_features {K}, int8 activations need one that divides it: "
             + ", ".join(map(str, INT8_GROUP_SIZES)),
         ),
         (

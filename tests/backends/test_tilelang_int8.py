@@ -70,7 +70,7 @@ def test_packed_bytes_are_the_operand_that_the_wgmma_kernel_takes_them_for(g: in
         ({"in_features": 2**17}, "in_features is 131072, int8 products need fewer than 131072"),
         ({"planes": (1, 2)}, "layers of one call have 1 and 2 trit planes"),
         ({"planes": (2,)}, "int8 activations need one trit plane"),
-        ({"mantissa": True}, "int8 activations need one trit plane, and scales that are powers of two"),
+        ({"mantissas": (torch.int16,)}, "int8 activations need one trit plane, and scales that are powers of two"),
         ({"group_size": 512}, "group_size is 512 at in_features 130944, int8 activations need one of 32, 64, 128, 256"),
         ({"in_features": 192}, "group_size is 128 at in_features 192, int8 activations need one of"),
     ],
@@ -89,7 +89,7 @@ def test_verify_says_what_int8_activations_need(
         out_features=(64,),
         planes=(1,),
         group_size=128,
-        mantissa=False,
+        mantissas=(None,),
     )
     assert backend.verify("linear_int8", facts)[0]
     ok, got = backend.verify("linear_int8", dataclasses.replace(facts, **change))

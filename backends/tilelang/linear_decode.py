@@ -25,8 +25,12 @@ from ternarize.config import Activation
 #: Weights of a row that a warp takes at once: a cache line.
 STEP = 512
 
-#: Most tokens of a call. For more floats wgmma is faster, though it computes 16 tokens at least (docs/benchmarks.md).
-MOST_TOKENS: dict[Activation, int] = {"float": 8, "int8": 16}
+#: Most tokens of a call.
+MOST_TOKENS = 16
+
+#: Elements of x in a block's shared memory from which on it pays to split K, and x with it, over more blocks; and in a
+#: cluster of two from which on wgmma is faster. On an H100 (docs/benchmarks.md).
+_ELEMENTS = 2**15
 
 SOURCE = "".join(
     Path(__file__).with_name(name).read_text()
@@ -200,15 +204,16 @@ def decode_tiles(
     """
     first = layers[0]
     if (
-        MOST_TOKENS[activation] < M
+        M > MOST_TOKENS
+        or (activation == "float" and M > 8 and 16 * K > 2 * _ELEMENTS)
         or K % 64 != 0
         or (g != 64 and g % 128 != 0 and g != K)
         or any((layer.planes, layer.mantissa) != (first.planes, first.mantissa) for layer in layers)
     ):
         return
     tokens = next(tokens for tokens in (1, 2, 4, 8, 16) if tokens >= M)
-    # Two steps ahead are enough. Splitting K costs an exchange of sums, but many tokens are long to load.
-    clusters = (1, 2, 4, 8) if tokens <= 4 else (2, 1, 4, 8)
+    clusters = sorted((1, 2, 4, 8), key=lambda cluster: (tokens * K > cluster * _ELEMENTS, cluster))
+    # Two steps ahead are enough.
     for stages, cluster in itertools.product((2, 1), clusters):
         tile = _shared_out(
             DecodeTile(
@@ -223,18 +228,24 @@ def decode_tiles(
             ),
             layers,
             K,
+            g,
+            activation,
         )
-        if tile is not None and tile.shared_bytes(layers, K, g, activation) <= SHARED_BYTES:
+        if tile is not None:
             yield tile
 
 
-def _shared_out(tile: DecodeTile, layers: tuple[LayerShape, ...], K: int) -> DecodeTile | None:
-    """The tile with its clusters and K_WARPS: K is split over as many warps as have no row block of their own."""
+def _shared_out(
+    tile: DecodeTile, layers: tuple[LayerShape, ...], K: int, g: int, activation: Activation
+) -> DecodeTile | None:
+    """The tile with its clusters and the K_WARPS that leave the fewest warps without work; None if it does not fit."""
     row_blocks = tile.row_blocks(layers)
     clusters = min(row_blocks, CLUSTERS[tile.CLUSTER])
     blocks = -(-row_blocks // clusters)
     splits = [k for k in (1, 2, 4, 8, 16) if k <= tile.WARPS and tile.CLUSTER * k <= _steps(K)]
-    if not splits:
-        return None
-    k_warps = next((k for k in splits if tile.WARPS // k <= blocks), splits[-1])
-    return dataclasses.replace(tile, CLUSTERS=clusters, K_WARPS=k_warps)
+    # First what the busiest warp has to do, in rows of K; then no warp should be without a row block.
+    for k_warps in sorted(splits, key=lambda k: (-(-blocks * k // tile.WARPS) / k, blocks * k < tile.WARPS, k)):
+        shared_out = dataclasses.replace(tile, CLUSTERS=clusters, K_WARPS=k_warps)
+        if shared_out.shared_bytes(layers, K, g, activation) <= SHARED_BYTES:
+            return shared_out
+    return None

@@ -170,7 +170,9 @@ _LEAST_STEPS = 16
 
 def choose_int8_wgmma_tile(M: int, N: int, K: int, g: int) -> Int8Tile:
     """The sizes of the program for M tokens: the largest tile that they fill, K split where blocks are too few."""
-    tile = next((tile for tile in TILES if M <= tile.BLOCK_M), _WIDEST)
+    # Of groups of 32 the widest does not compile: the loading threads are as many as the others, and registers run out.
+    tiles = TILES if g > 32 else TILES[:-1]
+    tile = next((tile for tile in tiles if M <= tile.BLOCK_M), tiles[-1])
     if g > 128:
         # Stages of twice the size.
         tile = dataclasses.replace(tile, stages=tile.stages // 2, blocks_per_multiprocessor=1)

@@ -21,104 +21,6 @@
 
 namespace ternarize {
 
-// The layers of a call. Pointers are null where a layer has no such tensor.
-struct Layer {
-  const CUtensorMap* T_packed;  // boxes of 32 bytes x 64 ROW_TILES rows (x PLANES), swizzled by 32 bytes
-  const CUtensorMap* y_boxes;   // boxes of 64 outputs x STORE_TOKENS tokens, swizzled by 128 bytes
-  int N;
-  const int8_t* E;         // [N, G]
-  const void* E_mantissa;  // [N, G] of MANTISSA_BYTES each
-  const int* bias;         // [N]
-  const int8_t* bias_exponent;
-  int* status;  // [2], of a guarded call
-  uint16_t* y;  // [M, N]
-};
-__device__ __forceinline__ const CUtensorMap* address_of(const CUtensorMap& map) { return &map; }
-// TMA cannot store rows of y that are no multiple of 16 bytes: there is no map.
-__device__ __forceinline__ const CUtensorMap* address_of(int) { return nullptr; }
-template <typename Map>
-__device__ __forceinline__ Layer layer(const CUtensorMap& T_packed, const Map& y_boxes, int N, const void* E,
-                                       const void* E_mantissa, const void* bias, const void* bias_exponent,
-                                       void* status, void* y) {
-  return {&T_packed,
-          address_of(y_boxes),
-          N,
-          static_cast<const int8_t*>(E),
-          E_mantissa,
-          static_cast<const int*>(bias),
-          static_cast<const int8_t*>(bias_exponent),
-          static_cast<int*>(status),
-          static_cast<uint16_t*>(y)};
-}
-
-// Register A of wgmma for 16 columns: j of the four that 16 packed bytes hold, from the bytes of a row and of the row 8
-// below (``words``: [row][plane], the most significant trit first).
-//
-// In each 16 columns a thread has the pairs (2q, 2q + 1) and (2q + 8, 2q + 9), q its place in its quad. 16 packed bytes
-// are four planes of 16 columns, so it needs the byte pairs 2q and 2q + 8. With their bytes dealt to the word
-// (2q + 8, 2q, 2q + 9, 2q + 1), lowest first, the codes of a pair are 16 bits apart, and the code is a number once it
-// lies in the top two bits of a 16-bit float: 00 is 0, 01 is 0x4000 = 2.0, 11 is 0xC000 = -2.0, in bfloat16 and in
-// float16. So (word << shift) & 0xC000C000 is a register of A. Groups of 32 are 8 bytes of four planes of 8 columns:
-// two planes make 16 columns, and the two byte pairs belong to two groups.
-//
-// scales: [row][byte pair], two bfloat16 each that are multiplied in if SCALED: 2^(E - 1), which takes back the 2.
-template <typename Float, int GROUP, int PLANES, bool SCALED>
-__device__ __forceinline__ void decode(const uint32_t (&words)[2][PLANES], const uint32_t (&scales)[2][2], int j,
-                                       uint32_t* registers) {
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    const int row = r % 2, pair = GROUP == 32 ? j / 2 : r / 2, field = GROUP == 32 ? j % 2 * 2 + r / 2 : j;
-    const int shift = (pair ? 14 : 6) - 2 * field;
-    uint32_t level = (words[row][0] << shift) & 0xC000C000u;
-#pragma unroll
-    for (int p = 1; p < PLANES; ++p) level = three_times_plus<Float>(level, (words[row][p] << shift) & 0xC000C000u);
-    registers[r] = SCALED ? multiply_bfloat16(level, scales[row][pair]) : level;
-  }
-}
-
-// The exponents of four groups of a row, from a multiple of four on, loaded four groups before they are needed. Rows need
-// not start at a whole word.
-template <int G>
-struct Exponents {
-  static constexpr bool ALIGNED = G % 4 == 0;
-  uint32_t window, low, next;
-  uint32_t first;
-
-  __device__ __forceinline__ uint32_t load(const int8_t* E, uint32_t N, uint32_t place) const {
-    return __ldg(reinterpret_cast<const uint32_t*>(E) + min(place / 4, (N * G - 1) / 4));
-  }
-  __device__ __forceinline__ void start(const int8_t* E, uint32_t N, uint32_t row, uint32_t group) {
-    first = min(row, N - 1) * G;
-    const uint32_t place = first + group / 4 * 4;
-    window = load(E, N, place);
-    next = load(E, N, place + 4);
-    if (!ALIGNED) {
-      window = __funnelshift_r(window, next, first % 4 * 8);
-      low = next;
-      next = load(E, N, place + 8);
-    }
-  }
-  // To the four groups from ``group`` on.
-  __device__ __forceinline__ void advance(const int8_t* E, uint32_t N, uint32_t group) {
-    window = ALIGNED ? next : __funnelshift_r(low, next, first % 4 * 8);
-    low = next;
-    next = load(E, N, first + group + (ALIGNED ? 4 : 8));
-  }
-  __device__ __forceinline__ int at(uint32_t group) const {
-    return static_cast<int>(window << (24 - group % 4 * 8)) >> 24;
-  }
-};
-
-// A mantissa of a row and group; groups past the last have the last one's.
-template <int BYTES, int G>
-__device__ __forceinline__ float mantissa_at(const void* E_mantissa, int N, int row, int group) {
-  const int64_t place = static_cast<int64_t>(min(row, N - 1)) * G + min(group, G - 1);
-  if constexpr (BYTES == 1) return __ldg(static_cast<const uint8_t*>(E_mantissa) + place);
-  if constexpr (BYTES == 2) return __ldg(static_cast<const int16_t*>(E_mantissa) + place);
-  if constexpr (BYTES == 4) return static_cast<float>(__ldg(static_cast<const int*>(E_mantissa) + place));
-  return 1;
-}
-
 // Float: __nv_bfloat16 or __half, of x and y. GROUP_SIZE: weights a group. MANTISSA_BYTES: of an E_mantissa, or 0.
 // The others: Tile of linear_wgmma.py.
 template <typename Float, int K, int GROUP_SIZE, int PLANES, int MANTISSA_BYTES, bool GUARDED, int BLOCK_M,
@@ -167,7 +69,7 @@ __device__ __forceinline__ void linear_wgmma(const CUtensorMap& x, int M, void* 
 
   const int thread = threadIdx.x % 128, warpgroup = threadIdx.x / 128;
   const int warp = thread / 32, lane = threadIdx.x % 32;
-  const int rank = blockIdx.x % CLUSTER, cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
+  const int rank = blockIdx.x % CLUSTER;
 
   let_next_kernel_start();
   if (threadIdx.x == 0) {
@@ -179,44 +81,8 @@ __device__ __forceinline__ void linear_wgmma(const CUtensorMap& x, int M, void* 
   }
   __syncthreads();
 
-  // Tiles: those of PANEL blocks of tokens go together, so that what they share of x and W is read from the cache.
   const Layer layers[] = {given...};
-  constexpr int LAYERS = sizeof...(Layers), PANEL = 8;
-  int blocks_n = 0;
-#pragma unroll
-  for (int i = 0; i < LAYERS; ++i) blocks_n += (layers[i].N + BLOCK_N - 1) / BLOCK_N;
-  const int blocks_m = (M + BLOCK_M - 1) / BLOCK_M, tiles = blocks_n * blocks_m;
-
-  struct Work {
-    Layer layer;
-    int n0, m0, first, last;  // steps
-    bool split;
-  };
-  const int blocks = clusters * CLUSTER;
-  int rounds = tiles / blocks;
-  if (tiles - rounds * blocks > (CLUSTER - 1) * clusters) ++rounds;
-  auto work_at = [&](int item, Work& work) {
-    work.split = CLUSTER > 1 && item >= rounds;
-    const int tile = work.split ? rounds * blocks + (item - rounds) * clusters + cluster
-                                : item * blocks + cluster * CLUSTER + rank;
-    if (tile >= tiles) return false;
-    const int panel = tile / (PANEL * blocks_n), in_panel = tile - panel * (PANEL * blocks_n);
-    const int width = min(PANEL, blocks_m - panel * PANEL);
-    int block_n = in_panel / width;
-    work.m0 = (panel * PANEL + in_panel % width) * BLOCK_M;
-    work.layer = layers[0];
-#pragma unroll
-    for (int i = 1; i < LAYERS; ++i) {
-      const int before = (layers[i - 1].N + BLOCK_N - 1) / BLOCK_N;
-      if (block_n < before) break;
-      block_n -= before;
-      work.layer = layers[i];
-    }
-    work.n0 = block_n * BLOCK_N;
-    work.first = work.split ? rank * STEPS / CLUSTER : 0;
-    work.last = work.split ? (rank + 1) * STEPS / CLUSTER : STEPS;
-    return true;
-  };
+  const Tiles<BLOCK_M, BLOCK_N, STEPS, CLUSTER, sizeof...(Layers)> tiles(layers, M);
 
   // Of a thread that computes and of one that loads; together no more than all have at launch, 168, 128 or 96 each.
   constexpr int REGISTERS = WARPGROUPS == 2 ? 232 : WARPGROUPS == 3 ? 160 : 112;
@@ -237,7 +103,7 @@ __device__ __forceinline__ void linear_wgmma(const CUtensorMap& x, int M, void* 
   if (warpgroup == WARPGROUPS) {
     give_registers<LOADER_REGISTERS>();
     Work work;
-    for (int item = 0; work_at(item, work); ++item) {
+    for (int item = 0; tiles.at(item, work); ++item) {
       if (warp == 0 && lane == 0) {
         auto load_packed = [&](int step) {
           barrier_expect(full + stage, X_BYTES + PACKED_BYTES);
@@ -298,7 +164,7 @@ __device__ __forceinline__ void linear_wgmma(const CUtensorMap& x, int M, void* 
   int stores = 0;
 
   Work work;
-  for (int item = 0; work_at(item, work); ++item) {
+  for (int item = 0; tiles.at(item, work); ++item) {
     float sums[ROW_TILES][BLOCK_M / 2] = {};
     Exponents<G> exponents[ROW_TILES][2];
 #pragma unroll

@@ -13,10 +13,10 @@ import tilelang.language as T
 from ternarize.backends.tilelang.hopper import CLUSTERS, SHARED_BYTES
 from ternarize.backends.tilelang.layers import MANTISSA_BYTES, Dtype, LayerShape, call_arguments, pointer
 
-SOURCE = "".join(
-    Path(__file__).with_name(name).read_text()
-    for name in ("hopper.cuh", "numbers.cuh", "wgmma.cuh", "linear_wgmma.cuh")
-)
+#: What the kernel is made of beside the instructions of hopper.cuh and wgmma.cuh.
+PARTS = ("numbers.cuh", "linear_wgmma_tiles.cuh", "linear_wgmma_weights.cuh", "linear_wgmma.cuh")
+
+SOURCE = "".join(Path(__file__).with_name(name).read_text() for name in ("hopper.cuh", "wgmma.cuh", *PARTS))
 
 #: Of cuTensorMapEncodeTiled: CUtensorMapDataType with the bytes of an element, the swizzles of 32, 64 and 128 bytes,
 #: and the promotion of what is missing in L2 to 128 bytes.
@@ -173,8 +173,8 @@ def wgmma_program(layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, 
 
 
 #: Microseconds that a block takes for a step along K, by BLOCK_M, ROW_TILES and WARPGROUPS; those of a launch; of the
-#: start and end of a tile of 128 tokens and row tiles, and what adding up its parts costs beyond that. Least squares
-#: over 307 timings of 8 layers, 16 to 4096 tokens, on an H100 (docs/benchmarks.md): 7 % of each.
+#: start and end of a tile of 128 tokens and row tiles; and of adding up its parts, for each block of a cluster. Least
+#: squares over 307 timings of 8 layers, 16 to 4096 tokens, on an H100 (docs/benchmarks.md): 7 % of each.
 _STEP = {
     (16, 1, 2): 0.41,
     (16, 1, 4): 0.60,
@@ -187,11 +187,10 @@ _STEP = {
     (64, 2, 2): 0.80,
     (128, 1, 2): 0.65,
     (128, 1, 3): 0.96,
-    (128, 1, 4): 1.33,
     (192, 1, 3): 1.41,
     (256, 1, 2): 1.24,
 }
-_LAUNCH, _TILE, _SPLIT = 2.3, 2.0, 0.2
+_LAUNCH, _TILE, _PART = 2.3, 2.0, 0.15
 
 #: Sums that a thread has room for where those of groups are kept apart, by WARPGROUPS.
 _MOST_SUMS = {2: 160, 3: 96, 4: 48}
@@ -239,5 +238,5 @@ def estimated_microseconds(tile: Tile, M: int, layers: tuple[LayerShape, ...], K
     return (
         _LAUNCH
         + rounds * (steps * step + size * _TILE)
-        + shared_rounds * (-(-steps // tile.CLUSTER) * step + size * (_TILE + _SPLIT))
+        + shared_rounds * (-(-steps // tile.CLUSTER) * step + size * _TILE + tile.CLUSTER * _PART)
     )

@@ -319,7 +319,8 @@ def test_a_tile_shares_out_all_work_and_fits(M: int, out_features: tuple[int, ..
 @pytest.mark.parametrize(
     ("M", "layers", "K", "g"),
     [
-        (9, (layer_shape(64),), 4096, 128),
+        (9, (layer_shape(64),), 4608, 128),
+        (17, (layer_shape(64),), 4096, 128),
         (1, (layer_shape(64),), 4096, 32),
         (1, (layer_shape(64),), 4128, 128),
         (1, (layer_shape(64), layer_shape(64, planes=2)), 4096, 128),

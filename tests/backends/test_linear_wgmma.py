@@ -133,7 +133,7 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """All cases, compiled for the CPU."""
     from ternarize.backends.tilelang import linear_wgmma
 
-    kernels = [Path(linear_wgmma.__file__).with_name(name) for name in ("numbers.cuh", "linear_wgmma.cuh")]
+    kernels = [Path(linear_wgmma.__file__).with_name(name) for name in linear_wgmma.PARTS]
     functions = [_call(case, index) for index, case in enumerate(CASES.values())]
     return compile_emulation("emulated_wgmma.h", kernels, functions, tmp_path_factory.mktemp("emulation"))
 

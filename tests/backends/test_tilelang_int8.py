@@ -130,6 +130,7 @@ def _compile(program: Any, folder: Path) -> tuple[str, str]:
         (4096, 4096, 4096, 128, False, True),
         (64, 4096, 4096, 128, True, False),
         (17, 77, 192, 32, True, False),
+        (300, 333, 192, 32, True, True),
     ],
 )
 def test_the_wgmma_kernel_multiplies_registers_and_compiles(

@@ -1,8 +1,8 @@
 """The integer update of `ternarize.backends.torch.update` in two kernels, equal to it bit for bit where G is exact.
 
 `stage_kernel` holds a tile of G = grad_yᵀ · x in registers and turns it into integers there: no float [N, K] exists.
-`commit_kernel` steps and packs the trits. What is [N], [K] or [N, G] sized is shared with the reference by import. Both
-are launched without fused multiply-add: a floor follows, and a CPU and a GPU have to agree about it.
+`commit_kernel` steps and packs the trits. Both are launched without fused multiply-add: a floor follows, and a CPU and a
+GPU have to agree about it. `update_tma` has the first for Hopper, `update_vectors` what is [N], [K] or [N, G] sized.
 """
 
 from collections.abc import Sequence
@@ -13,15 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ternarize.backends.torch import update as reference
+from ternarize.backends.triton import update_tma
 from ternarize.backends.triton.packed import (
     INTERPRETED,
     columns,
     decode,
     load_codes,
     tiling,
-    uniform,
-    words_together,
 )
+from ternarize.backends.triton.random import uniform, words_together
+from ternarize.backends.triton.update_vectors import commit_vectors, finish_stage, normalisers
 from ternarize.packing import ROW, groups_per_row
 from ternarize.philox import ACCUMULATOR_STREAM, GRADIENT_STREAM, MOMENTUM_STREAM
 
@@ -50,8 +51,8 @@ def stage_kernel(
     stage: tl.tensor,
     stage_E: tl.tensor,
     slope: tl.tensor,
-    stage_row: tl.tensor,
-    stage_col: tl.tensor,
+    row_parts: tl.tensor,
+    col_parts: tl.tensor,
     status: tl.tensor,
     M: tl.tensor,
     N: tl.tensor,
@@ -72,11 +73,13 @@ def stage_kernel(
 ) -> None:
     """One tile of the stage, [BLOCK_N, 4 * BLOCK_C].
 
-    The rule is `factored` where row_factor is given. Where stage_E is, exponents are voted on: at once if the tile
-    holds the whole group, else the tile adds its part to ``slope``, float32 [N, G].
+    The rule is `factored` where row_factor is given: sums of squares of the tile then go to its row of ``row_parts``,
+    float32 [tiles, N], and of ``col_parts``, [tiles of rows, K]. Where stage_E is, exponents are voted on: at once if
+    the tile holds the whole group, else the tile writes its part to ``slope``, float32 [N, tiles].
     """
-    n = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    group, byte, byte_inside, k, k_inside = columns(tl.program_id(0) % tiles, K, group_size, chunks, BLOCK_C)
+    tile_n, tile_k = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    group, byte, byte_inside, k, k_inside = columns(tile_k, K, group_size, chunks, BLOCK_C)
     inside = (n < N)[:, None] & k_inside[None, :]
     G = tl.zeros((BLOCK_N, 4 * BLOCK_C), tl.float32)
     for first in range(0, M, BLOCK_M):
@@ -108,8 +111,8 @@ def stage_kernel(
         noise = uniform(rng, tl.load(status + 1) + _GRADIENT_STREAM, n, k, K, WORDS_TOGETHER)
         u = clamp(tl.floor(G * rows[:, None] * cols[None, :] + noise), _CLIP).to(tl.int32)
         square = G * G
-        tl.atomic_add(stage_row + n, tl.sum(square, 1), mask=n < N)
-        tl.atomic_add(stage_col + k, tl.sum(square, 0), mask=k_inside)
+        tl.store(row_parts + tile_k.to(tl.int64) * N + n, tl.sum(square, 1), mask=n < N)
+        tl.store(col_parts + tile_n.to(tl.int64) * K + k, tl.sum(square, 0), mask=k_inside)
     else:
         u = (G > 0).to(tl.int32) - (G < 0).to(tl.int32)
     place = stage + n.to(tl.int64)[:, None] * K + k[None, :]
@@ -119,10 +122,10 @@ def stage_kernel(
     if stage_E is not None:
         T = decode(load_codes(T_packed, n, N, K, byte, byte_inside, 1), 1)
         part = tl.sum(G * T.to(tl.float32), 1)
-        vote = n.to(tl.int64) * groups + group
         if slope is not None:
-            tl.atomic_add(slope + vote, part, mask=n < N)
+            tl.store(slope + n.to(tl.int64) * tiles + tile_k, part, mask=n < N)
         else:
+            vote = n.to(tl.int64) * groups + group
             votes = tl.load(stage_E + vote, mask=n < N, other=0).to(tl.int32)
             votes += (part > 0).to(tl.int32) - (part < 0).to(tl.int32)
             tl.store(stage_E + vote, clamp(votes, 127).to(tl.int8), mask=n < N)
@@ -215,56 +218,99 @@ def update_stage(
     rule: str,
 ) -> None:
     """Add one micro-batch's integers to the stage of some layers that share x; see `ternarize.ops` for shapes."""
-    K = x.shape[-1]
-    inputs = x.reshape(-1, K)
+    inputs = x.reshape(-1, x.shape[-1])
+    for i, gradient in enumerate(grad_y):
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        votes = stage_E[i] if stage_E else None
+        with torch.cuda.device_of(x):
+            factors = normalisers(row_log2[i], col_log2[i]) if rule == "factored" else None
+            if factors is not None and votes is None and update_tma.takes(rows, inputs):
+                parts = update_tma.stage_factored(
+                    rows, inputs, *factors, rng[i], stage[i], status[i]
+                )
+            else:
+                parts = stage_anywhere(
+                    rows, inputs, T_packed[i], factors, rng[i], stage[i], votes, status[i], group_size
+                )
+            # After the tiles: all their programs draw from the stream of the same count.
+            finish_stage(status[i], (stage_row[i], stage_col[i]) if factors is not None else None, parts)
+
+
+def stage_anywhere(
+    grad_y: Tensor,
+    x: Tensor,
+    T_packed: Tensor,
+    factors: tuple[Tensor, Tensor] | None,
+    rng: Tensor,
+    stage: Tensor,
+    stage_E: Tensor | None,
+    status: Tensor,
+    group_size: int,
+) -> tuple[Tensor, Tensor] | None:
+    """Add the integers and votes of one micro-batch to a layer's stage: any rule, dtype, shape and strides.
+
+    Args:
+        grad_y: [M, N].
+        x: [M, K].
+        T_packed: uint8 [N, B].
+        factors: float32 [N] and [K] of `normalisers`, for the rule `factored`.
+        rng: int64 [3].
+        stage: int8 [N, K].
+        stage_E: int8 [N, G], if exponents are trained.
+        status: int32 [2].
+        group_size: g.
+
+    Returns:
+        With ``factors``, sums of G² over the rows and columns of each tile, float32 [tiles, N] and [tiles, K].
+    """
+    (M, N), K = grad_y.shape, x.shape[1]
     groups = groups_per_row(K, group_size)
     # Only votes need T, and with it tiles that keep to groups.
-    tiled_as = group_size if stage_E else ROW
+    tiled_as = ROW if stage_E is None else group_size
     size, chunks, tiles, BLOCK_C = tiling(K, tiled_as)
-    for i, gradient in enumerate(grad_y):
-        N = gradient.shape[-1]
-        rows = gradient.reshape(-1, N)
-        factored = rule == "factored"
-        row_factor, col_factor = reference.normalisers(row_log2[i], col_log2[i]) if factored else (None, None)
-        slope = torch.zeros(N, groups, device=x.device) if stage_E and chunks > 1 else None
-        with torch.cuda.device_of(x):
-            # More rows spill registers.
-            BLOCK_N = 64
-            stage_kernel[(triton.cdiv(N, BLOCK_N) * tiles,)](
-                rows,
-                inputs,
-                T_packed[i],
-                row_factor,
-                col_factor,
-                rng[i],
-                stage[i],
-                stage_E[i] if stage_E else None,
-                slope,
-                stage_row[i] if factored else None,
-                stage_col[i] if factored else None,
-                status[i],
-                rows.shape[0],
-                N,
-                K,
-                size,
-                groups,
-                chunks,
-                tiles,
-                *rows.stride(),
-                *inputs.stride(),
-                BLOCK_M=32 if x.dtype == torch.float32 else 64,
-                BLOCK_N=BLOCK_N,
-                BLOCK_C=BLOCK_C,
-                WORDS_TOGETHER=words_together(K, tiled_as),
-                UPCAST=INTERPRETED,
-                num_warps=8,
-                enable_fp_fusion=False,
-            )
-        if slope is not None:
-            votes = stage_E[i].to(torch.int16) + torch.sign(slope).to(torch.int16)
-            stage_E[i].copy_(votes.clamp(-127, 127))
-        # After the kernel: all its programs draw from the stream of the same count.
-        status[i][1] += 1
+    # More rows spill registers.
+    BLOCK_N = 64
+    tiles_n = triton.cdiv(N, BLOCK_N)
+    row_factor, col_factor = factors if factors is not None else (None, None)
+    parts = None
+    if factors is not None:
+        parts = stage.new_empty((tiles, N), dtype=torch.float32), stage.new_empty((tiles_n, K), dtype=torch.float32)
+    row_parts, col_parts = parts if parts is not None else (None, None)
+    slope = stage.new_empty((N, tiles), dtype=torch.float32) if stage_E is not None and chunks > 1 else None
+    stage_kernel[(tiles_n * tiles,)](
+        grad_y,
+        x,
+        T_packed,
+        row_factor,
+        col_factor,
+        rng,
+        stage,
+        stage_E,
+        slope,
+        row_parts,
+        col_parts,
+        status,
+        M,
+        N,
+        K,
+        size,
+        groups,
+        chunks,
+        tiles,
+        *grad_y.stride(),
+        *x.stride(),
+        BLOCK_M=32 if x.dtype == torch.float32 else 64,
+        BLOCK_N=BLOCK_N,
+        BLOCK_C=BLOCK_C,
+        WORDS_TOGETHER=words_together(K, tiled_as),
+        UPCAST=INTERPRETED,
+        num_warps=8,
+        enable_fp_fusion=False,
+    )
+    if slope is not None and stage_E is not None:
+        signs = torch.sign(slope.view(N, groups, chunks).sum(2)).to(torch.int16)
+        stage_E.copy_((stage_E.to(torch.int16) + signs).clamp(-127, 127))
+    return parts
 
 
 def update_commit(
@@ -325,7 +371,8 @@ def update_commit(
             num_warps=4,
             enable_fp_fusion=False,
         )
-    active = (refuse == 0) & (status[1] > 0)
-    reference.commit_groups_and_vectors(
-        E, E_accum, row_log2, col_log2, stage_E, stage_row, stage_col, status, active, exponent_threshold
-    )
+        commit_vectors(
+            E, E_accum, row_log2, col_log2, stage_E, stage_row, stage_col, status, refuse, exponent_threshold
+        )
+    # After all of them: each reads the count.
+    status.zero_()

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ternarize.backends.triton.packed import uniform as triton_uniform
+from ternarize.backends.triton.random import uniform as triton_uniform
 from ternarize.errors import ShapeError
 from ternarize.philox import philox, uniform
 

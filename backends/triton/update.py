@@ -5,6 +5,7 @@
 GPU have to agree about it. `update_tma` has the first for Hopper, `update_vectors` what is [N], [K] or [N, G] sized.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +22,7 @@ from ternarize.backends.triton.packed import (
     load_codes,
     tiling,
 )
-from ternarize.backends.triton.random import uniform, words_together
+from ternarize.backends.triton.rounding import add_uniform, floor, floor_to_int, random_bits, to_int, words_together
 from ternarize.backends.triton.update_vectors import commit_vectors, finish_stage, normalisers
 from ternarize.packing import ROW, groups_per_row
 from ternarize.philox import ACCUMULATOR_STREAM, GRADIENT_STREAM, MOMENTUM_STREAM
@@ -108,8 +109,8 @@ def stage_kernel(
     if row_factor is not None:
         rows = tl.load(row_factor + n, mask=n < N, other=0.0)
         cols = tl.load(col_factor + k, mask=k_inside, other=0.0)
-        noise = uniform(rng, tl.load(status + 1) + _GRADIENT_STREAM, n, k, K, WORDS_TOGETHER)
-        u = clamp(tl.floor(G * rows[:, None] * cols[None, :] + noise), _CLIP).to(tl.int32)
+        bits = random_bits(rng, tl.load(status + 1) + _GRADIENT_STREAM, n, k, K, WORDS_TOGETHER)
+        u = floor_to_int(clamp(add_uniform(G * rows[:, None] * cols[None, :], bits), _CLIP))
         square = G * G
         tl.store(row_parts + tile_k.to(tl.int64) * N + n, tl.sum(square, 1), mask=n < N)
         tl.store(col_parts + tile_n.to(tl.int64) * K + k, tl.sum(square, 0), mask=k_inside)
@@ -154,52 +155,71 @@ def commit_kernel(
     FACTORED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    ALIGNED: tl.constexpr,
     WORDS_TOGETHER: tl.constexpr,
 ) -> None:
-    """One tile of a layer: clears its stage and, unless refused, steps its integers.
+    """One tile of a layer, BLOCK_C packed bytes of BLOCK_N rows: clears its stage and, unless refused, steps its integers.
 
     ``step`` is what an accumulator loses for a unit of momentum (`factored`) or for a vote (`sign`), and ``bar`` where
-    a trit steps; theta, unit and limit are those of `FORMS`, gain is 1 - MOMENTUM_DECAY.
+    a trit steps; theta, unit and limit are those of `FORMS`, gain is 1 - MOMENTUM_DECAY. The first weights of all bytes
+    are stepped together, then the second and so on: each is a run of neighbours, that so many bytes are loaded at once
+    as ALIGNED says. 1: a group may end within the tile.
     """
     n = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    _, byte, byte_inside, k, k_inside = columns(tl.program_id(0) % tiles, K, group_size, chunks, BLOCK_C)
-    inside = (n < N)[:, None] & k_inside[None, :]
-    place = n.to(tl.int64)[:, None] * K + k[None, :]
-    staged = tl.load(stage + place, mask=inside, other=0).to(tl.float32)
-    tl.store(stage + place, tl.zeros((BLOCK_N, 4 * BLOCK_C), tl.int8), mask=inside)
+    tile = tl.program_id(0) % tiles
+    group = tile // chunks
+    size = group_size if ALIGNED > 1 else tl.minimum(group_size, K - group * group_size)
+    quarter = tl.multiple_of((size + 3) // 4, ALIGNED)
+    place = tile % chunks * BLOCK_C + tl.arange(0, BLOCK_C)
+    rows = (n < N)[:, None]
+    in_bytes = rows if ALIGNED > 1 else rows & (place < quarter)[None, :]
+    start = tl.multiple_of(group * group_size, ALIGNED)
+    bytes_a_row = tl.multiple_of((K + 3) // 4, ALIGNED)
+    byte = tl.multiple_of(group * (group_size // 4), ALIGNED) + place
+    packed = T_packed + n.to(tl.int64)[:, None] * bytes_a_row + byte[None, :]
+    codes = tl.load(packed, mask=in_bytes, other=0).to(tl.int32)
+    moved_codes = tl.zeros_like(codes)
     count = tl.load(status + 1)
-    if (tl.load(refuse) == 0) & (count > 0):
-        T = decode(load_codes(T_packed, n, N, K, byte, byte_inside, 1), 1)
-        state = tl.load(T_accum + place, mask=inside, other=0).to(tl.int32)
-        rounding = uniform(rng, tl.full((), _ACCUMULATOR_STREAM, tl.int32), n, k, K, WORDS_TOGETHER)
-        if FACTORED:
-            u = staged * tl.div_rn(1.0, count.to(tl.float32))
-            if T_momentum is None:
-                accum, momentum = (state << 28) >> 28, (state >> 4).to(tl.float32)
+    active = (tl.load(refuse) == 0) & (count > 0)
+    # unit is a power of two: the mean times unit, as the reference has it, is the same.
+    mean = tl.div_rn(1.0, count.to(tl.float32)) * unit
+    for i in tl.static_range(4):
+        k = start + i * quarter + place
+        inside = rows if ALIGNED > 1 else in_bytes & (i * quarter + place < size)[None, :]
+        at = n.to(tl.int64)[:, None] * K + k[None, :]
+        staged = tl.load(stage + at, mask=inside, other=0).to(tl.float32)
+        tl.store(stage + at, tl.zeros((BLOCK_N, BLOCK_C), tl.int8), mask=inside)
+        if active:
+            # Two shifts sign-extend a 2-bit code: it is two's complement.
+            T = (codes << (30 - 2 * i)) >> 30
+            state = tl.load(T_accum + at, mask=inside, other=0).to(tl.int32)
+            bits = random_bits(rng, tl.full((), _ACCUMULATOR_STREAM, tl.int32), n, k, K, WORDS_TOGETHER)
+            if FACTORED:
+                if T_momentum is None:
+                    accum, momentum = (state << 28) >> 28, (state >> 4).to(tl.float32)
+                else:
+                    accum = state
+                    momentum = tl.load(T_momentum + at, mask=inside, other=0).to(tl.float32)
+                more_bits = random_bits(rng, tl.full((), _MOMENTUM_STREAM, tl.int32), n, k, K, WORDS_TOGETHER)
+                momentum += floor(add_uniform((staged * mean - momentum) * gain, more_bits))
+                momentum = clamp(momentum, limit)
+                accum -= floor_to_int(add_uniform(momentum * step, bits))
+                moved = clamp(T + (accum >= bar).to(tl.int32) - (accum <= -bar).to(tl.int32), 1)
+                accum = clamp(accum - 2 * theta * (moved - T), theta)
+                if T_momentum is None:
+                    accum = (accum & 15) | (to_int(momentum) << 4)
+                else:
+                    tl.store(T_momentum + at, to_int(momentum).to(tl.int8), mask=inside)
             else:
-                accum = state
-                momentum = tl.load(T_momentum + place, mask=inside, other=0).to(tl.float32)
-            noise = uniform(rng, tl.full((), _MOMENTUM_STREAM, tl.int32), n, k, K, WORDS_TOGETHER)
-            momentum = clamp(momentum + tl.floor((u * unit - momentum) * gain + noise), limit)
-            accum -= tl.floor(momentum * step + rounding).to(tl.int32)
-            moved = clamp(T + (accum >= bar).to(tl.int32) - (accum <= -bar).to(tl.int32), 1)
-            accum = clamp(accum - 2 * theta * (moved - T), theta)
-            if T_momentum is None:
-                accum = (accum & 15) | (momentum.to(tl.int32) << 4)
-            else:
-                tl.store(T_momentum + place, momentum.to(tl.int8), mask=inside)
-        else:
-            accum = state - tl.floor(staged * step + rounding).to(tl.int32)
-            turn = (accum >= bar).to(tl.int32) - (accum <= -bar).to(tl.int32)
-            moved = clamp(T + turn, 1)
-            accum = clamp(tl.where(turn != 0, 0, accum), 127)
-        tl.store(T_accum + place, accum.to(tl.int8), mask=inside)
-        codes = tl.where(k_inside[None, :], moved & 3, 0)
-        shift = 2 * tl.arange(0, 4)[None, :, None]
-        # The four codes of a byte share no bit: their sum is their union.
-        packed = tl.sum(tl.reshape(codes, (BLOCK_N, 4, BLOCK_C)) << shift, 1)
-        at = T_packed + n.to(tl.int64)[:, None] * ((K + 3) // 4) + byte[None, :]
-        tl.store(at, packed.to(tl.uint8), mask=(n < N)[:, None] & byte_inside[None, :])
+                accum = state - floor_to_int(add_uniform(staged * step, bits))
+                turn = (accum >= bar).to(tl.int32) - (accum <= -bar).to(tl.int32)
+                moved = clamp(T + turn, 1)
+                accum = clamp(tl.where(turn != 0, 0, accum), 127)
+            tl.store(T_accum + at, accum.to(tl.int8), mask=inside)
+            code = moved & 3 if ALIGNED > 1 else tl.where(inside, moved & 3, 0)
+            moved_codes |= code << (2 * i)
+    if active:
+        tl.store(packed, moved_codes.to(tl.uint8), mask=in_bytes)
 
 
 def update_stage(
@@ -313,6 +333,13 @@ def stage_anywhere(
     return parts
 
 
+def alignment(size: int, in_features: int, BLOCK_C: int) -> int:
+    """ALIGNED of `commit_kernel`: bytes of an aligned run of weights, if every tile of groups of ``size`` is full."""
+    if in_features % size or size % (4 * BLOCK_C):
+        return 1
+    return math.gcd(size // 4, 16)
+
+
 def update_commit(
     T_packed: Tensor,
     E: Tensor,
@@ -342,9 +369,9 @@ def update_commit(
     if rule == "factored":
         step, bar = lr * 2 * theta / unit, theta + (T_momentum is None)
     with torch.cuda.device_of(T_packed):
-        # 1024 weights a tile: the random numbers take registers, and with fewer bytes than threads, threads that hold
-        # copies could read a byte that another has already stepped.
-        BLOCK_N = 256 // BLOCK_C
+        # As many bytes as 128 threads load at once. With fewer than threads, threads that hold copies could read a byte
+        # that another has already stepped.
+        BLOCK_N = 2048 // BLOCK_C
         commit_kernel[(triton.cdiv(N, BLOCK_N) * tiles,)](
             T_packed,
             T_accum,
@@ -367,6 +394,7 @@ def update_commit(
             FACTORED=rule == "factored",
             BLOCK_N=BLOCK_N,
             BLOCK_C=BLOCK_C,
+            ALIGNED=alignment(size, K, BLOCK_C),
             WORDS_TOGETHER=words_together(K, group_size),
             num_warps=4,
             enable_fp_fusion=False,

@@ -11,19 +11,17 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import libdevice
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ternarize.backends.torch import update as reference
-from ternarize.backends.triton.packed import INTERPRETED, multiprocessors
-from ternarize.backends.triton.random import interleave, random_words
+from ternarize.backends.triton.packed import multiprocessors
+from ternarize.backends.triton.rounding import add_uniform, floor_to_int, interleave, random_words
 from ternarize.philox import GRADIENT_STREAM
 
 _CLIP = tl.constexpr(reference.CLIP)
 _NONFINITE_GRADIENT = tl.constexpr(reference.NONFINITE_GRADIENT)
 _GRADIENT_STREAM = tl.constexpr(GRADIENT_STREAM)
 _FLOAT32_MAX = tl.constexpr(torch.finfo(torch.float32).max)
-_INTERPRETED = tl.constexpr(INTERPRETED)
 
 #: Compute capability of Hopper. Later architectures have other tensor cores, on which this was not tried.
 _CAPABILITY = 9
@@ -43,18 +41,17 @@ class Tile(NamedTuple):
     """Parts of the columns that are made integers one after the other: 2 or 4."""
     num_stages: int
     num_warps: int
+    PANEL: int
+    """Rows of tiles that are taken together, column by column."""
     persistent: bool
     """Whether a program takes several tiles, and loads the next while it rounds the last."""
 
 
 #: From large to small: the first of which there are as many as SMs is taken, else the last.
 TILES = (
-    Tile(128, 128, 64, SLICES=2, num_stages=3, num_warps=4, persistent=False),
-    Tile(64, 64, 64, SLICES=2, num_stages=4, num_warps=4, persistent=False),
+    Tile(128, 128, 64, SLICES=4, num_stages=3, num_warps=4, PANEL=16, persistent=False),
+    Tile(64, 64, 64, SLICES=2, num_stages=4, num_warps=4, PANEL=8, persistent=False),
 )
-
-#: Rows of tiles in a panel.
-PANEL = 8
 
 
 @triton.jit
@@ -62,17 +59,6 @@ def halves(tile: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """The left and the right half of the columns: in registers already, so nothing moves."""
     apart = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
     return tl.split(tl.permute(apart, (0, 2, 1)))
-
-
-@triton.jit
-def floor_to_int(value: tl.tensor) -> tl.tensor:
-    """Floor, int32, of numbers far below 2^22: rounded down, 1.5 · 2^23 + value has the integer in its last bits.
-
-    An addition, where a floor and a conversion take 16 lanes a cycle each.
-    """
-    if _INTERPRETED:
-        return tl.floor(value).to(tl.int32)
-    return libdevice.add_rd(value, 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
 
 
 @triton.jit
@@ -98,9 +84,8 @@ def stage_slice(
     block = (n * (K // 4))[:, None] + (first // 4 + tl.arange(0, WIDTH // 4))[None, :]
     low = block.to(tl.uint32)
     w0, w1, w2, w3 = random_words(rng, stream, low, tl.zeros_like(low))
-    # The sum is rounded once either way: bits times 2^-24 is exact.
     bits = (interleave(w0, w1, w2, w3) >> 8).to(tl.float32)
-    z = tl.fma(bits, 5.9604644775390625e-08, G * row_factor[:, None] * columns[None, :])
+    z = add_uniform(G * row_factor[:, None] * columns[None, :], bits)
     u = floor_to_int(tl.minimum(tl.maximum(z, -_CLIP), _CLIP))
     place = stage + n.to(tl.int64)[:, None] * K + k[None, :]
     inside = (n < N)[:, None] & (k < K)[None, :]
@@ -278,7 +263,7 @@ def stage_factored(
         BLOCK_N=tile.BLOCK_N,
         BLOCK_K=tile.BLOCK_K,
         SLICES=tile.SLICES,
-        PANEL=PANEL,
+        PANEL=tile.PANEL,
         PERSISTENT=tile.persistent,
         num_stages=tile.num_stages,
         num_warps=tile.num_warps,

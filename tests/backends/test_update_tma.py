@@ -14,9 +14,9 @@ from tests.backends.test_update import integers, random_layer, stage, staged
 
 #: Tiles that the interpreter is through with in a second.
 SMALL = [
-    Tile(16, 32, 16, SLICES=2, num_stages=1, num_warps=4, persistent=False),
-    Tile(32, 32, 16, SLICES=4, num_stages=1, num_warps=4, persistent=False),
-    Tile(16, 64, 32, SLICES=4, num_stages=1, num_warps=4, persistent=True),
+    Tile(16, 32, 16, SLICES=2, num_stages=1, num_warps=4, PANEL=2, persistent=False),
+    Tile(32, 32, 16, SLICES=4, num_stages=1, num_warps=4, PANEL=2, persistent=False),
+    Tile(16, 64, 32, SLICES=4, num_stages=1, num_warps=4, PANEL=2, persistent=True),
 ]
 
 on_the_cpu_or_a_gpu = pytest.mark.parametrize(

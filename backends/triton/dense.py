@@ -57,26 +57,29 @@ def dequantise_kernel(
     of a group, else any weight may be of another.
     """
     n = n_start + tl.program_id(0) // blocks_k * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = tl.multiple_of(k_start + tl.program_id(0) % blocks_k * BLOCK_K, ALIGNED)
+    first = k_start + tl.program_id(0) % blocks_k * BLOCK_K
     k = first + tl.arange(0, BLOCK_K)
     mask = (n < n_stop)[:, None] & (k < k_stop)[None, :]
     row = n.to(tl.int64)
     if ALIGNED > 1:
+        first = tl.multiple_of(first, ALIGNED)
         group = first // group_size
         place = first - group * group_size + tl.arange(0, BLOCK_K)
         quarter = tl.multiple_of(group_size // 4, ALIGNED)
         scale = group_scale(E, None, n, n_stop, group, groups, 0, 0)[:, None]
-        byte = tl.multiple_of(group * (group_size // 4), ALIGNED) + place % quarter
+        byte = tl.multiple_of(group * quarter, ALIGNED) + place % quarter
+        bytes_a_row = tl.multiple_of(K // 4, ALIGNED)
         loaded = (n < n_stop)[:, None]
     else:
         group = k // group_size
         place = k - group * group_size
-        quarter = (tl.minimum(group_size, K - group * group_size) + 3) // 4
+        # Past the row, where nothing is loaded, at least 1: it divides.
+        quarter = tl.maximum((tl.minimum(group_size, K - group * group_size) + 3) // 4, 1)
         exponent = tl.load(E + row[:, None] * groups + group[None, :], mask=mask, other=0).to(tl.int32)
         scale = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
         byte = group * (group_size // 4) + place % quarter
+        bytes_a_row = (K + 3) // 4
         loaded = mask
-    bytes_a_row = tl.multiple_of((K + 3) // 4, ALIGNED)
     codes = tl.load(T_packed + row[:, None] * bytes_a_row + byte[None, :], mask=loaded, other=0).to(tl.int32)
     # Two shifts sign-extend a 2-bit code: it is two's complement.
     levels = (codes << (30 - 2 * (place // quarter))[None, :]) >> 30
@@ -87,7 +90,7 @@ def dequantise_kernel(
 def alignment(size: int, in_features: int) -> tuple[int, int]:
     """ALIGNED and BLOCK_K of `dequantise_kernel` for groups of ``size`` weights."""
     block = math.gcd(size, _BLOCK_K)
-    if in_features % size or block < 64:
+    if in_features % size or block < 32:
         return 1, _BLOCK_K
     return math.gcd(size // 4, 16), block
 

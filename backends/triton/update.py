@@ -168,14 +168,18 @@ def commit_kernel(
     n = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     tile = tl.program_id(0) % tiles
     group = tile // chunks
-    size = group_size if ALIGNED > 1 else tl.minimum(group_size, K - group * group_size)
-    quarter = tl.multiple_of((size + 3) // 4, ALIGNED)
     place = tile % chunks * BLOCK_C + tl.arange(0, BLOCK_C)
     rows = (n < N)[:, None]
-    in_bytes = rows if ALIGNED > 1 else rows & (place < quarter)[None, :]
-    start = tl.multiple_of(group * group_size, ALIGNED)
-    bytes_a_row = tl.multiple_of((K + 3) // 4, ALIGNED)
-    byte = tl.multiple_of(group * (group_size // 4), ALIGNED) + place
+    if ALIGNED > 1:
+        size, bytes_a_row = group_size, tl.multiple_of(K // 4, ALIGNED)
+        quarter = tl.multiple_of(group_size // 4, ALIGNED)
+        start, byte = tl.multiple_of(group * group_size, ALIGNED), tl.multiple_of(group * quarter, ALIGNED) + place
+        in_bytes = rows
+    else:
+        size, bytes_a_row = tl.minimum(group_size, K - group * group_size), (K + 3) // 4
+        quarter = (size + 3) // 4
+        start, byte = group * group_size, group * (group_size // 4) + place
+        in_bytes = rows & (place < quarter)[None, :]
     packed = T_packed + n.to(tl.int64)[:, None] * bytes_a_row + byte[None, :]
     codes = tl.load(packed, mask=in_bytes, other=0).to(tl.int32)
     moved_codes = tl.zeros_like(codes)

@@ -20,7 +20,8 @@ _E_MIN = tl.constexpr(E_MIN)
 _E_MAX = tl.constexpr(E_MAX)
 
 #: Elements a program, and partial sums that it loads at once. Few, so that a vector keeps many SMs busy.
-_BLOCK, _PARTS = 64, 32
+_BLOCK = 64
+_PARTS = tl.constexpr(32)
 
 #: Elements a program of `normalisers`, each of which takes the mean over all rows: more would wait for fewer programs.
 _NORMALISED = 1024

@@ -186,7 +186,7 @@ def commit_kernel(
     count = tl.load(status + 1)
     active = (tl.load(refuse) == 0) & (count > 0)
     # unit is a power of two: the mean times unit, as the reference has it, is the same.
-    mean = tl.div_rn(1.0, count.to(tl.float32)) * unit
+    mean = tl.div_rn(1.0, tl.maximum(count, 1).to(tl.float32)) * unit
     for i in tl.static_range(4):
         k = start + i * quarter + place
         inside = rows if ALIGNED > 1 else in_bytes & (i * quarter + place < size)[None, :]

@@ -190,7 +190,7 @@ def float32_sums() -> Iterator[None]:
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-    """out = a · b, or out += a · b for ``add``, in place; float32 ``out`` is not rounded to the dtype of a and b."""
+    """Write a · b to ``out``, or add it; to float32 ``out`` without rounding to the dtype of a and b."""
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     elif add:
@@ -214,7 +214,7 @@ def room(x: Tensor, rows: int, sums: bool) -> tuple[int, int]:
 
 @torch.no_grad()
 def linear(x: Tensor, T_packed: Tensor, E: Tensor, bias: tuple[Tensor, Tensor] | None, group_size: int) -> Tensor:
-    """y = x · Wᵀ + bias of one layer.
+    """One layer, x · Wᵀ + bias.
 
     Args:
         x: [M, K] that `takes` accepts.
@@ -251,7 +251,7 @@ def linear(x: Tensor, T_packed: Tensor, E: Tensor, bias: tuple[Tensor, Tensor] |
 def grad_input(
     grad_y: Sequence[Tensor], T_packed: Sequence[Tensor], E: Sequence[Tensor], in_features: int, group_size: int
 ) -> Tensor:
-    """grad_x = sum over layers of grad_y · W.
+    """Sum over layers of grad_y · W.
 
     Args:
         grad_y: [M, N] each, that `takes` accepts.

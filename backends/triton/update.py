@@ -1,8 +1,8 @@
 """The integer update of `ternarize.backends.torch.update` in two kernels, equal to it bit for bit where G is exact.
 
 `stage_kernel` holds a tile of G = grad_yᵀ · x in registers and turns it into integers there: no float [N, K] exists.
-`commit_kernel` steps and packs the trits. Both are launched without fused multiply-add: a floor follows, and a CPU and a
-GPU have to agree about it. `update_tma` has the first for Hopper, `update_vectors` what is [N], [K] or [N, G] sized.
+`commit_kernel` steps and packs the trits. Both are launched without fused multiply-add: a floor follows, and a CPU and
+a GPU have to agree about it. `update_tma` has the first for Hopper, `update_vectors` what is [N], [K] or [N, G] sized.
 """
 
 import math
@@ -158,7 +158,7 @@ def commit_kernel(
     ALIGNED: tl.constexpr,
     WORDS_TOGETHER: tl.constexpr,
 ) -> None:
-    """One tile of a layer, BLOCK_C packed bytes of BLOCK_N rows: clears its stage and, unless refused, steps its integers.
+    """One tile, BLOCK_C packed bytes of BLOCK_N rows: clears its stage and, unless refused, steps its integers.
 
     ``step`` is what an accumulator loses for a unit of momentum (`factored`) or for a vote (`sign`), and ``bar`` where
     a trit steps; theta, unit and limit are those of `FORMS`, gain is 1 - MOMENTUM_DECAY. The first weights of all bytes
@@ -249,9 +249,7 @@ def update_stage(
         with torch.cuda.device_of(x):
             factors = normalisers(row_log2[i], col_log2[i]) if rule == "factored" else None
             if factors is not None and votes is None and update_tma.takes(rows, inputs):
-                parts = update_tma.stage_factored(
-                    rows, inputs, *factors, rng[i], stage[i], status[i]
-                )
+                parts = update_tma.stage_factored(rows, inputs, *factors, rng[i], stage[i], status[i])
             else:
                 parts = stage_anywhere(
                     rows, inputs, T_packed[i], factors, rng[i], stage[i], votes, status[i], group_size

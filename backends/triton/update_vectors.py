@@ -133,9 +133,9 @@ def step_exponents(
     active: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """`reference.exponent_rule` of BLOCK exponents, if ``active``; clears their votes."""
+    """`reference.exponent_rule` of BLOCK exponents, if ``active``; clears their votes. A negative ``first``: of none."""
     at = first + tl.arange(0, BLOCK)
-    mask = at < size
+    mask = (at >= 0) & (at < size)
     if active:
         votes = tl.load(stage_E + at, mask=mask, other=0).to(tl.int32)
         accum = tl.load(E_accum + at, mask=mask, other=0).to(tl.int32) - votes
@@ -178,8 +178,7 @@ def commit_vectors_kernel(
             merge_vector(col_log2, stage_col, (program - rows) * BLOCK, K, samples.to(tl.float32), active, BLOCK)
         program -= rows + columns
     if stage_E is not None:
-        if program >= 0:
-            step_exponents(E, E_accum, stage_E, program * BLOCK, exponents, exponent_threshold, active, BLOCK)
+        step_exponents(E, E_accum, stage_E, program * BLOCK, exponents, exponent_threshold, active, BLOCK)
 
 
 def normalisers(row_log2: Tensor, col_log2: Tensor) -> tuple[Tensor, Tensor]:

@@ -137,7 +137,14 @@ def baselines(weight: Tensor) -> list[Contender]:
             "int8", "int8", int8, copies_of(device, int8), multiply_int8, _to_int8, lambda x: _int8_refusal(N, x), 0.0
         ),
         Contender(
-            "fp8", "fp8", fp8, copies_of(device, fp8), multiply_fp8, _to_fp8, lambda x: _fp8_refusal(N, x), FP8_TOLERANCE
+            "fp8",
+            "fp8",
+            fp8,
+            copies_of(device, fp8),
+            multiply_fp8,
+            _to_fp8,
+            lambda x: _fp8_refusal(N, x),
+            FP8_TOLERANCE,
         ),
     ]
 
@@ -246,7 +253,7 @@ def _no_product(*_: Tensor) -> Tensor:
 def random_layer(
     N: int, K: int, config: TernaryConfig, dtype: torch.dtype, device: torch.device
 ) -> tuple[TernaryLinear, Tensor, Tensor]:
-    """A layer of uniform levels, exponents uniform over `EXPONENTS`; its weight in ``dtype``, and its levels, [N, K]."""
+    """A layer of uniform levels, exponents uniform over `EXPONENTS`; its weight in ``dtype``; its levels, int8."""
     generator = torch.Generator(device).manual_seed(0)
     top = largest_level(config.planes)
     levels = torch.randint(-top, top + 1, (N, K), dtype=torch.int8, device=device, generator=generator)

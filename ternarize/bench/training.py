@@ -78,7 +78,10 @@ class Step:
 
 def random_step(N: int, K: int, M: int, config: TernaryConfig, dtype: torch.dtype, device: torch.device) -> Step:
     """Normal operands; accumulators over their whole range; statistics as of earlier steps."""
-    layer, _, _ = random_layer(N, K, config, dtype, device)
+    frozen, _, _ = random_layer(N, K, config, dtype, device)
+    layer = TernaryLinear(K, N, bias=False, config=config, device=device)
+    layer.T_packed.copy_(frozen.T_packed)
+    layer.E.copy_(frozen.E)
     generator = torch.Generator(device).manual_seed(M)
     grad_y, x = (torch.randn(M, size, dtype=dtype, device=device, generator=generator) for size in (N, K))
     layer.prepare_training()
@@ -193,4 +196,3 @@ class UpdateEntrant:
         return record(
             [functools.partial(update, self.name, step.grad_y, step.x, layer) for layer in layers], step.x.device
         )
-

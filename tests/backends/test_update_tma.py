@@ -63,9 +63,7 @@ def factored_layer(N: int, K: int, device: str) -> TernaryLinear:
 
 
 @on_the_cpu_or_a_gpu
-@pytest.mark.parametrize(
-    ("M", "N", "K"), [(1, 8, 8), (19, 16, 64), (7, 24, 40), (40, 56, 72), (16, 8, 104)]
-)
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 8, 8), (19, 16, 64), (7, 24, 40), (40, 56, 72), (16, 8, 104)])
 def test_it_stages_what_the_reference_stages(
     device: str, dtype: torch.dtype, tile: Tile, M: int, N: int, K: int
 ) -> None:

@@ -16,7 +16,7 @@ def test_bench_linear_reports_every_cell_and_what_it_ran_on(capsys: pytest.Captu
     )
     report = json.loads(capsys.readouterr().out)
     assert report["command"] == (
-        "ternarize bench linear --shapes 32x64,40x100 --tokens 1,17 --group-size 32 --planes 2 --dtype float16 "
+        "ternarize bench linear --op linear --shapes 32x64,40x100 --tokens 1,17 --group-size 32 --planes 2 --dtype float16 "
         "--kernels torch --activation float --seconds-per-cell 0"
     )
     assert report["versions"]["torch"].startswith(torch.__version__.split("+")[0])

@@ -133,7 +133,7 @@ def step_exponents(
     active: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """`reference.exponent_rule` of BLOCK exponents, if ``active``; clears their votes. A negative ``first``: of none."""
+    """`reference.exponent_rule` of BLOCK exponents, if ``active``; clears their votes. Of none before 0."""
     at = first + tl.arange(0, BLOCK)
     mask = (at >= 0) & (at < size)
     if active:

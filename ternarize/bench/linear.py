@@ -96,9 +96,13 @@ def _measure(N: int, K: int, plan: Plan) -> Callable[[int], list[Result]]:
         forward = random_contenders(N, K, plan.config, plan.dtype, plan.kernels, plan.device, plan.activations)
         return lambda M: measure_cell(forward, M, plan)
     backward = grad_input_contenders(N, K, plan.config, plan.dtype, plan.kernels, plan.device)
-    # Named after the layer, not after the product, whose weight is Wᵀ.
-    named = {"out_features": N, "in_features": K}
-    return lambda M: [dataclasses.replace(result, **named) for result in measure_cell(backward, M, plan)]
+
+    def measure(M: int) -> list[Result]:
+        # Named after the layer, not after the product, whose weight is Wᵀ.
+        cell = measure_cell(backward, M, plan)
+        return [dataclasses.replace(result, out_features=N, in_features=K) for result in cell]
+
+    return measure
 
 
 def _failed(N: int, K: int, M: int, error: Exception) -> Result:

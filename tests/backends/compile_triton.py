@@ -100,7 +100,7 @@ without: dict[str, Any] = dict.fromkeys(("row_factor", "col_factor", "row_parts"
 build(update.stage_kernel, WORDS_TOGETHER=False, slope=None, **without, **stage)
 
 commit: dict[str, Any] = {"BLOCK_N": 64, "BLOCK_C": 32, "options": exact}
-whole = {"WORDS_TOGETHER": True, "ALIGNED": 16, "aligned": ("K", "group_size")}
+whole: dict[str, Any] = {"WORDS_TOGETHER": True, "ALIGNED": 16, "aligned": ("K", "group_size")}
 code = build(update.commit_kernel, FACTORED=True, **whole, **commit)
 assert spilled_bytes(code) == 0
 # Accumulators, momenta and stage of 16 weights at once.

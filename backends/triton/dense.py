@@ -19,10 +19,9 @@ from ternarize.backends.torch.linear import dense_bias
 from ternarize.backends.triton.packed import group_scale, multiprocessors
 from ternarize.packing import ROW, WORKSPACE_BYTES, groups_per_row
 
-#: Fewer tokens take the kernels that decode in registers. Those multiply at about 80 TFLOP/s on an H200, a tenth of
-#: cuBLAS: 25 fs a weight and token. Writing and reading a weight of 2 bytes takes 1000 fs at 4.3 TB/s: as long as 40
-#: tokens there. Several times as many, so that the launches of a strip, about 10 µs, are made up for in small layers.
-MIN_TOKENS = 256
+#: Fewer tokens take the kernels that decode in registers. Those took 108 µs for 64 tokens and 4096x4096 weights on an
+#: H200, cuBLAS 12 µs (docs/benchmarks.md); writing 34 MB and two launches are about 15 µs more.
+MIN_TOKENS = 64
 
 #: The tile of y that cuBLAS most often takes on Hopper: a strip should fill the SMs with a whole number of them.
 _CUBLAS_TILE = (128, 256)

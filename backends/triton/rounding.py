@@ -22,9 +22,7 @@ def words_together(in_features: int, group_size: int) -> bool:
 
 
 @triton.jit
-def philox(
-    c0: tl.tensor, c1: tl.tensor, c2: tl.tensor, c3: tl.tensor, key0: tl.tensor, key1: tl.tensor
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+def philox(c0: tl.tensor, c1: tl.tensor, c2: tl.tensor, c3: tl.tensor, key0: tl.tensor, key1: tl.tensor) -> tl.tuple:
     """Ten rounds on uint32: `tl.philox` with one wide product where that has a high and a low one."""
     for _ in tl.static_range(10):
         p0 = c0.to(tl.uint64) * 0xD2511F53
@@ -39,9 +37,7 @@ def philox(
 
 
 @triton.jit
-def random_words(
-    rng: tl.tensor, stream: tl.tensor, low: tl.tensor, high: tl.tensor
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+def random_words(rng: tl.tensor, stream: tl.tensor, low: tl.tensor, high: tl.tensor) -> tl.tuple:
     """The four words of the blocks low + 2^32 · high, uint32, of one stream."""
     key0, key1 = tl.load(rng).to(tl.uint32), tl.load(rng + 1).to(tl.uint32)
     step = tl.load(rng + 2).to(tl.uint32)
@@ -105,3 +101,9 @@ def floor_to_int(value: tl.tensor) -> tl.tensor:
 def to_int(value: tl.tensor) -> tl.tensor:
     """int32 of integers below 2^22 in float32, likewise."""
     return (value + _MAGIC).to(tl.int32, bitcast=True) - _MAGIC_BITS
+
+
+@triton.jit
+def clamp(value: tl.tensor, limit: tl.tensor) -> tl.tensor:
+    """Value within -limit and limit."""
+    return tl.minimum(tl.maximum(value, -limit), limit)

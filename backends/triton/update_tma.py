@@ -55,7 +55,7 @@ TILES = (
 
 
 @triton.jit
-def halves(tile: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+def halves(tile: tl.tensor) -> tl.tuple:
     """The left and the right half of the columns: in registers already, so nothing moves."""
     apart = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
     return tl.split(tl.permute(apart, (0, 2, 1)))

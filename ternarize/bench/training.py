@@ -99,7 +99,7 @@ def random_step(N: int, K: int, M: int, config: TernaryConfig, dtype: torch.dtyp
 
 def stage_arguments(grad_y: Tensor, x: Tensor, layer: TernaryLinear) -> tuple[object, ...]:
     """Those of the op `update_stage` for one layer without exponents to train."""
-    state = ([layer.T_packed], [layer.row_log2], [layer.col_log2], [layer.rng], [layer.stage], [])
+    state: tuple[object, ...] = ([layer.T_packed], [layer.row_log2], [layer.col_log2], [layer.rng], [layer.stage], [])
     return ([grad_y], x, *state, [layer.stage_row], [layer.stage_col], [layer.status], layer.group_size, layer.rule)
 
 
@@ -139,10 +139,12 @@ def different(layer: TernaryLinear, expected: TernaryLinear) -> float:
             return float("inf")
     assert layer.T_accum is not None
     assert layer.T_momentum is not None
-    differ = layer.T_accum != expected.T_accum
-    differ |= layer.T_momentum != expected.T_momentum
-    trits = (unpack(each.T_packed, each.in_features, each.group_size) for each in (layer, expected))
-    differ |= torch.ne(*trits)
+    assert expected.T_accum is not None
+    assert expected.T_momentum is not None
+    got, wanted = (unpack(each.T_packed, each.in_features, each.group_size) for each in (layer, expected))
+    differ = torch.ne(layer.T_accum, expected.T_accum)
+    differ |= torch.ne(layer.T_momentum, expected.T_momentum)
+    differ |= torch.ne(got, wanted)
     return float(differ.float().mean())
 
 

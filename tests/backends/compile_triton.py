@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ternarize.backends.triton import dense, grad_input, linear, update, update_tma, update_vectors
+from ternarize.backends.triton import dense, grad_input, linear, update, update_plain, update_tma, update_vectors
 
 _SIZES = ("M", "N", "K", "group_size", "groups", "chunks", "tiles", "bar", "theta", "unit")
 _RANGES = ("n_start", "n_stop", "k_start", "k_stop", "blocks_k", "row_tiles", "col_tiles", "exponents")
@@ -95,9 +95,9 @@ build(grad_input.grad_input_kernel, PLANES=2, **small, **activations("*fp32"))
 
 exact = {"enable_fp_fusion": False}
 stage: dict[str, Any] = {**large, "BLOCK_M": 64, "options": {"num_warps": 8, **exact}}
-build(update.stage_kernel, WORDS_TOGETHER=True, stage_E=None, slope=None, **stage)
+build(update_plain.stage_kernel, WORDS_TOGETHER=True, stage_E=None, slope=None, **stage)
 without: dict[str, Any] = dict.fromkeys(("row_factor", "col_factor", "row_parts", "col_parts"))
-build(update.stage_kernel, WORDS_TOGETHER=False, slope=None, **without, **stage)
+build(update_plain.stage_kernel, WORDS_TOGETHER=False, slope=None, **without, **stage)
 
 commit: dict[str, Any] = {"BLOCK_N": 64, "BLOCK_C": 32, "options": exact}
 whole: dict[str, Any] = {"WORDS_TOGETHER": True, "ALIGNED": 16, "aligned": ("K", "group_size")}
@@ -160,6 +160,6 @@ def build_ones(kernel: Any, **given: Any) -> None:
 tiny = small | {"BLOCK_C": 4}
 build_ones(linear.linear_kernel, PLANES=2, **tiny)
 build_ones(grad_input.grad_input_kernel, PLANES=2, previous=None, **tiny)
-build_ones(update.stage_kernel, WORDS_TOGETHER=False, slope=None, **tiny)
+build_ones(update_plain.stage_kernel, WORDS_TOGETHER=False, slope=None, **tiny)
 build_ones(update.commit_kernel, FACTORED=True, WORDS_TOGETHER=False, BLOCK_N=512, BLOCK_C=4, ALIGNED=1)
 print("compiled")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ternarize.backends.triton import dense
-from ternarize.packing import dequantize
+from ternarize.packing import WORKSPACE_BYTES, dequantize
 from tests.backends.kit import Weights, assert_close, grad_input, linear, random_weights
 
 #: Devices, with the dtype that takes this path there.
@@ -112,7 +112,7 @@ def test_the_workspace_stays_within_its_bytes() -> None:
         return torch.cuda.max_memory_allocated() - before - result_bytes
 
     # Beside the scratch: the bias as float32.
-    bound = dense.WORKSPACE_BYTES + 2**20
+    bound = WORKSPACE_BYTES + 2**20
     assert peak(lambda: linear("triton", x, layers[:1], 128), 4096 * 8192 * 2) <= bound
     assert peak(lambda: grad_input("triton", grad_y[:1], layers[:1], 8192, 128), 4096 * 8192 * 2) <= bound
     assert peak(lambda: grad_input("triton", grad_y, layers, 8192, 128), 4096 * 8192 * 2) <= bound

@@ -30,6 +30,11 @@ from ternarize.backends.triton.update_plain import stage_anywhere
 from ternarize.backends.triton.update_vectors import commit_vectors, finish_stage, normalisers
 from ternarize.philox import ACCUMULATOR_STREAM, MOMENTUM_STREAM
 
+#: Packed bytes of a tile of a commit, and neighbouring weights that a thread loads at once. As many as 4 share a block
+#: of random numbers, which then stays in the thread that drew it; with 16, loads are wider and the numbers change
+#: threads through shared memory. No fewer bytes than threads: holders of a copy could read what another has stepped.
+COMMIT_BYTES, COMMIT_RUN = 1024, 4
+
 _MOMENTUM_STREAM = tl.constexpr(MOMENTUM_STREAM)
 _ACCUMULATOR_STREAM = tl.constexpr(ACCUMULATOR_STREAM)
 
@@ -165,7 +170,7 @@ def alignment(size: int, in_features: int, BLOCK_C: int) -> int:
     """ALIGNED of `commit_kernel`: bytes of an aligned run of weights, if every tile of groups of ``size`` is full."""
     if in_features % size or size % (4 * BLOCK_C):
         return 1
-    return math.gcd(size // 4, 16)
+    return math.gcd(size // 4, COMMIT_RUN)
 
 
 def update_commit(
@@ -197,9 +202,7 @@ def update_commit(
     if rule == "factored":
         step, bar = lr * 2 * theta / unit, theta + (T_momentum is None)
     with torch.cuda.device_of(T_packed):
-        # As many bytes as 128 threads load at once. With fewer than threads, threads that hold copies could read a byte
-        # that another has already stepped.
-        BLOCK_N = 2048 // BLOCK_C
+        BLOCK_N = COMMIT_BYTES // BLOCK_C
         commit_kernel[(triton.cdiv(N, BLOCK_N) * tiles,)](
             T_packed,
             T_accum,

@@ -99,12 +99,12 @@ build(update_plain.stage_kernel, WORDS_TOGETHER=True, stage_E=None, slope=None, 
 without: dict[str, Any] = dict.fromkeys(("row_factor", "col_factor", "row_parts", "col_parts"))
 build(update_plain.stage_kernel, WORDS_TOGETHER=False, slope=None, **without, **stage)
 
-commit: dict[str, Any] = {"BLOCK_N": 64, "BLOCK_C": 32, "options": exact}
-whole: dict[str, Any] = {"WORDS_TOGETHER": True, "ALIGNED": 16, "aligned": ("K", "group_size")}
+commit: dict[str, Any] = {"BLOCK_N": update.COMMIT_BYTES // 32, "BLOCK_C": 32, "options": exact}
+whole: dict[str, Any] = {"WORDS_TOGETHER": True, "ALIGNED": update.COMMIT_RUN, "aligned": ("K", "group_size")}
 code = build(update.commit_kernel, FACTORED=True, **whole, **commit)
 assert spilled_bytes(code) == 0
-# Accumulators, momenta and stage of 16 weights at once.
-assert code.count("LDG.E.128") >= 12
+# Nothing is loaded or stored by single bytes.
+assert ".U8" not in "".join(line for line in code.splitlines() if "LDG" in line or "STG" in line)
 build(update.commit_kernel, FACTORED=True, T_momentum=None, **whole, **commit)
 build(update.commit_kernel, FACTORED=True, WORDS_TOGETHER=False, ALIGNED=1, T_momentum=None, **commit)
 build(update.commit_kernel, FACTORED=False, T_momentum=None, **whole, **commit)
@@ -161,5 +161,7 @@ tiny = small | {"BLOCK_C": 4}
 build_ones(linear.linear_kernel, PLANES=2, **tiny)
 build_ones(grad_input.grad_input_kernel, PLANES=2, previous=None, **tiny)
 build_ones(update_plain.stage_kernel, WORDS_TOGETHER=False, slope=None, **tiny)
-build_ones(update.commit_kernel, FACTORED=True, WORDS_TOGETHER=False, BLOCK_N=512, BLOCK_C=4, ALIGNED=1)
+build_ones(
+    update.commit_kernel, FACTORED=True, WORDS_TOGETHER=False, BLOCK_N=update.COMMIT_BYTES // 4, BLOCK_C=4, ALIGNED=1
+)
 print("compiled")

@@ -19,9 +19,10 @@ from ternarize.backends.torch.linear import dense_bias
 from ternarize.backends.triton.packed import group_scale, multiprocessors
 from ternarize.packing import ROW, WORKSPACE_BYTES, groups_per_row
 
-#: Fewer tokens take the kernels that decode in registers. Those took 108 µs for 64 tokens and 4096x4096 weights on an
-#: H200, cuBLAS 12 µs (docs/benchmarks.md); writing 34 MB and two launches are about 15 µs more.
-MIN_TOKENS = 64
+#: So many tokens or fewer take the kernels that decode in registers: beyond, their tiles grow (`linear.blocks`). With
+#: 64 tokens and 4096x4096 weights those took 108 µs on an H200, cuBLAS 12 µs (docs/benchmarks.md); to write 34 MB of
+#: weights first takes about 10 µs.
+REGISTER_TOKENS = 16
 
 #: The tile of y that cuBLAS most often takes on Hopper: a strip should fill the SMs with a whole number of them.
 _CUBLAS_TILE = (128, 256)
@@ -135,7 +136,7 @@ def dequantise(T_packed: Tensor, E: Tensor, n: slice, k: slice, in_features: int
 
 def takes(x: Tensor, T_packed: Sequence[Tensor], E_mantissa: Sequence[Tensor | None]) -> bool:
     """Whether products with the rows of x [M, ...] are worth a strip, and bfloat16 holds all weights for any E."""
-    if not x.is_cuda or x.dtype != torch.bfloat16 or x.shape[0] < MIN_TOKENS:
+    if not x.is_cuda or x.dtype != torch.bfloat16 or x.shape[0] <= REGISTER_TOKENS:
         return False
     return all(packed.dim() == 2 for packed in T_packed) and all(mantissa is None for mantissa in E_mantissa)
 

@@ -71,7 +71,10 @@ def test_packed_bytes_are_the_operand_that_the_wgmma_kernel_takes_them_for(g: in
         ({"planes": (1, 2)}, "layers of one call have 1 and 2 trit planes"),
         ({"planes": (2,)}, "int8 activations need one trit plane"),
         ({"mantissas": (torch.int16,)}, "int8 activations need one trit plane, and scales that are powers of two"),
-        ({"group_size": 512}, "group_size is 512 at in_features 130944, int8 activations need one that divides it: 32, 64, 128, 256"),
+        (
+            {"group_size": 512},
+            "group_size is 512 at in_features 130944, int8 activations need one that divides it: 32, 64, 128, 256",
+        ),
         ({"in_features": 192}, "group_size is 128 at in_features 192, int8 activations need one that divides it: "),
     ],
 )

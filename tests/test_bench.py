@@ -289,3 +289,49 @@ def test_ceilings_are_measured_and_the_larger_one_is_the_floor() -> None:
     assert known.floor(result) == 6
     result.rate = "int8"
     assert known.floor(result) is None
+
+
+# Training.
+
+
+def test_grad_input_is_measured_like_linear() -> None:
+    for cell in measure_shape(24, 64, plan(op="grad-input", kernels=("tilelang", "torch"))):
+        assert [result.contender for result in cell] == ["dense", "tilelang", "torch"]
+        dense, tilelang, kernel = cell
+        assert (kernel.out_features, kernel.in_features, kernel.flops) == (24, 64, dense.flops)
+        assert (dense.status, kernel.status, tilelang.status) == ("ok", "ok", "not run")
+        assert tilelang.reason == "tilelang has no kernel for grad_input"
+        assert kernel.seconds is not None
+        assert kernel.bytes == 24 * 64 // 4 + 24 * 2 + 2 * kernel.tokens * (24 + 64)
+
+
+def test_a_wrong_grad_input_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ops.lowered("grad_input", "torch")
+    monkeypatch.setattr(ops, "lowered", lambda *_: lambda *arguments: 1.01 * right(*arguments))
+    for dense, wrong in measure_shape(24, 64, plan(op="grad-input")):
+        assert (dense.status, wrong.status, wrong.seconds) == ("ok", "wrong", None)
+
+
+def test_an_update_is_checked_by_its_integers() -> None:
+    for dense, kernel in measure_shape(24, 64, plan(op="update", tokens=(300, 5))):
+        assert (dense.status, kernel.status) == ("ok", "ok")
+        assert kernel.seconds is not None
+        assert kernel.error is not None
+        assert kernel.error <= 1e-4
+        assert kernel.flops == dense.flops
+
+
+def test_an_update_with_wrong_integers_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ops.lowered
+
+    def other_gradient(stem: str, backend: str) -> Callable[..., object]:
+        op = right(stem, backend)
+        if stem != "update_stage":
+            return op
+        # The check's own reference has float64 operands.
+        return lambda grad_y, x, *rest: op(grad_y if x.dtype == torch.float64 else [-grad_y[0]], x, *rest)
+
+    monkeypatch.setattr(ops, "lowered", other_gradient)
+    for dense, wrong in measure_shape(24, 64, plan(op="update")):
+        assert (dense.status, wrong.status, wrong.seconds) == ("ok", "wrong", None)
+        assert "in the first call, allowed is 1.0e-04" in wrong.reason

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ternarize.backends.triton import dense
 from ternarize.backends.triton.linear import blocks
 from ternarize.backends.triton.packed import (
     INTERPRETED,
@@ -85,20 +86,24 @@ def grad_input(
     in_features: int,
     group_size: int,
 ) -> Tensor:
-    """Gradient of the shared input of some layers, one launch each; see `ternarize.ops` for shapes.
+    """Gradient of the shared input of some layers, one after the other; see `ternarize.ops` for shapes.
 
-    Accumulates in float32 and rounds once, to the dtype of grad_y.
+    Accumulates in float32 and rounds once, to the dtype of grad_y. Many tokens are multiplied by cuBLAS, see `dense`.
     """
     dtype = grad_y[0].dtype
     M = grad_y[0].numel() // grad_y[0].shape[-1]
     shape = (*grad_y[0].shape[:-1], in_features)
+    gradients = [gradient.reshape(-1, gradient.shape[-1]) for gradient in grad_y]
+    if dense.takes(gradients[0], T_packed, E_mantissa):
+        with torch.cuda.device_of(gradients[0]):
+            return dense.grad_input(gradients, T_packed, E, in_features, group_size).view(shape)
     size, chunks, tiles, BLOCK_C = tiling(in_features, group_size)
     groups = groups_per_row(in_features, group_size)
     BLOCK_M, BLOCK_N, num_warps = blocks(M, dtype)
     total: Tensor | None = None
     for i, packed in enumerate(T_packed):
         N = packed.shape[-2]
-        rows = grad_y[i].reshape(-1, N)
+        rows = gradients[i]
         mantissa = E_mantissa[i]
         if mantissa is not None:
             mantissa = mantissa.expand(N, groups)

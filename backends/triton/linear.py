@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ternarize.backends.triton import dense
 from ternarize.backends.triton.packed import (
     INTERPRETED,
     columns,
@@ -94,9 +95,9 @@ def linear(
     bias_exponent: Sequence[Tensor | None],
     group_size: int,
 ) -> list[Tensor]:
-    """Linear layers that share their input, one launch each; see `ternarize.ops` for shapes.
+    """Linear layers that share their input, one after the other; see `ternarize.ops` for shapes.
 
-    Accumulates in float32 and rounds once, to the dtype of x.
+    Accumulates in float32 and rounds once, to the dtype of x. Many tokens are multiplied by cuBLAS, see `dense`.
     """
     K = x.shape[-1]
     rows = x.reshape(-1, K)
@@ -106,6 +107,12 @@ def linear(
     outputs = []
     for i, packed in enumerate(T_packed):
         N = packed.shape[-2]
+        if dense.takes(rows, [packed], [E_mantissa[i]]):
+            b, exponent = bias[i], bias_exponent[i]
+            given = None if b is None or exponent is None else (b, exponent)
+            with torch.cuda.device_of(x):
+                outputs.append(dense.linear(rows, packed, E[i], given, group_size).view(*x.shape[:-1], N))
+            continue
         groups = groups_per_row(K, group_size)
         mantissa = E_mantissa[i]
         if mantissa is not None:

@@ -1,4 +1,4 @@
-"""What the kernels share: the columns of a tile, decoding, scales and random numbers.
+"""What the kernels share: the columns of a tile, decoding and scales.
 
 A tile takes BLOCK_C packed bytes of one group, and so up to 4 · BLOCK_C of its weights: decoded, byte c gives columns
 c, BLOCK_C + c, 2 · BLOCK_C + c and 3 · BLOCK_C + c of the tile. Each of those four runs is contiguous in K. A tile
@@ -42,11 +42,9 @@ def tiling(in_features: int, group_size: int) -> Tiling:
     return Tiling(size, chunks, chunks * groups_per_row(in_features, group_size), block)
 
 
-def words_together(in_features: int, group_size: int) -> bool:
-    """Whether every 4 neighbouring columns of a tile start at a multiple of 4, and so share a block of Philox."""
-    size = in_features if group_size == ROW else min(group_size, in_features)
-    tail = in_features % size
-    return -(-size // 4) % 4 == 0 and -(-tail // 4) % 4 == 0
+def multiprocessors(device: torch.device) -> int:
+    """How many programs as large as an SM run at a time; 1 in the interpreter."""
+    return 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def output_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -123,32 +121,3 @@ def group_scale(
     if mantissa is not None:
         scale *= tl.load(mantissa + row * stride_n + group * stride_g, mask=n < N, other=0).to(tl.float32)
     return scale
-
-
-@triton.jit
-def uniform(
-    rng: tl.tensor,
-    stream: tl.tensor,
-    n: tl.tensor,
-    k: tl.tensor,
-    K: tl.tensor,
-    WORDS_TOGETHER: tl.constexpr,
-) -> tl.tensor:
-    """`ternarize.philox.uniform` at rows n and columns k, bit for bit.
-
-    WORDS_TOGETHER is that of `words_together`: then a block of Philox serves four columns, else only one.
-    """
-    seed = tl.load(rng) & 0xFFFFFFFF
-    layer = tl.load(rng + 1) & 0xFFFFFFFF
-    step = tl.load(rng + 2).to(tl.uint32)
-    in_row = tl.min(tl.reshape(k, (k.shape[0] // 4, 4)), 1) // 4 if WORDS_TOGETHER else k // 4
-    block = n.to(tl.int64)[:, None] * ((K + 3) // 4) + in_row[None, :]
-    low, high = (block & 0xFFFFFFFF).to(tl.uint32), (block >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed | (layer << 32), low, high, step, stream.to(tl.uint32))
-    if WORDS_TOGETHER:
-        bits = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (n.shape[0], k.shape[0]))
-    else:
-        word = (k % 4)[None, :]
-        bits = tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
-    # 24 bits and a power of two: the conversion and the product are exact.
-    return (bits >> 8).to(tl.float32) * 5.9604644775390625e-08

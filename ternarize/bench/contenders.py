@@ -37,7 +37,8 @@ EXPONENTS = (-9, -4)
 DENSE = "dense"
 
 
-def _same(x: Tensor) -> Tensor:
+def same(x: Tensor) -> Tensor:
+    """Of a contender that takes x as it is."""
     return x
 
 
@@ -59,7 +60,7 @@ class Contender:
     refusal: Callable[[Tensor], str | None]
     """Why it cannot run for this x, or None."""
     tolerance: float
-    rounded: Callable[[Tensor], Tensor] = _same
+    rounded: Callable[[Tensor], Tensor] = same
     """What it multiplies in place of the operand if it rounds it on its way, within the time."""
 
     @property
@@ -68,7 +69,8 @@ class Contender:
         return sum(tensor.nbytes for tensor in self.copies[0])
 
 
-def _copies(device: torch.device, *weight: Tensor) -> list[tuple[Tensor, ...]]:
+def copies_of(device: torch.device, *weight: Tensor) -> list[tuple[Tensor, ...]]:
+    """As many copies of a weight as make the cache cold."""
     more = copies_needed(sum(tensor.nbytes for tensor in weight), device) - 1
     return [weight, *(tuple(tensor.clone() for tensor in weight) for _ in range(more))]
 
@@ -124,18 +126,25 @@ def baselines(weight: Tensor) -> list[Contender]:
             DENSE,
             DENSE,
             weight,
-            _copies(device, weight),
+            copies_of(device, weight),
             torch.nn.functional.linear,
-            _same,
+            same,
             _runs_anywhere,
             DENSE_TOLERANCE,
         ),
         # Sums of int8 products are exact.
         Contender(
-            "int8", "int8", int8, _copies(device, int8), multiply_int8, _to_int8, lambda x: _int8_refusal(N, x), 0.0
+            "int8", "int8", int8, copies_of(device, int8), multiply_int8, _to_int8, lambda x: _int8_refusal(N, x), 0.0
         ),
         Contender(
-            "fp8", "fp8", fp8, _copies(device, fp8), multiply_fp8, _to_fp8, lambda x: _fp8_refusal(N, x), FP8_TOLERANCE
+            "fp8",
+            "fp8",
+            fp8,
+            copies_of(device, fp8),
+            multiply_fp8,
+            _to_fp8,
+            lambda x: _fp8_refusal(N, x),
+            FP8_TOLERANCE,
         ),
     ]
 
@@ -164,7 +173,7 @@ def _kernel(
         ok, reason = verify(name, stem, facts_of(stem, arguments(x, *copies[0])))
         return None if ok else reason
 
-    plain = Contender(name, DENSE, weight, copies, multiply, _same, refusal, TOLERANCE[weight.dtype])
+    plain = Contender(name, DENSE, weight, copies, multiply, same, refusal, TOLERANCE[weight.dtype])
     if activation == "float":
         return plain
     return dataclasses.replace(
@@ -203,7 +212,7 @@ def _gemlite(layer: TernaryLinear, weight: Tensor, levels: Tensor) -> Contender:
         weight,
         [],
         _no_product,
-        _same,
+        same,
         lambda _: "not installed: pip install gemlite",
         DENSE_TOLERANCE,
     )
@@ -229,7 +238,7 @@ def _gemlite(layer: TernaryLinear, weight: Tensor, levels: Tensor) -> Contender:
         y: Tensor = forward_functional(x, None, list(tensors), facts)
         return y
 
-    copies = _copies(weight.device, *(tensor.detach() for tensor in theirs.get_tensor_args()))
+    copies = copies_of(weight.device, *(tensor.detach() for tensor in theirs.get_tensor_args()))
     return dataclasses.replace(contender, copies=copies, multiply=multiply, refusal=_gemlite_refusal)
 
 
@@ -241,16 +250,10 @@ def _no_product(*_: Tensor) -> Tensor:
     raise AssertionError("a contender that is refused is not called")
 
 
-def random_contenders(
-    N: int,
-    K: int,
-    config: TernaryConfig,
-    dtype: torch.dtype,
-    kernels: tuple[str, ...],
-    device: torch.device,
-    activations: tuple[Activation, ...] = ("float",),
-) -> list[Contender]:
-    """Baselines, GemLite and the kernels, on one random layer: uniform levels, exponents uniform over `EXPONENTS`."""
+def random_layer(
+    N: int, K: int, config: TernaryConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[TernaryLinear, Tensor, Tensor]:
+    """A layer of uniform levels, exponents uniform over `EXPONENTS`; its weight in ``dtype``; its levels, int8."""
     generator = torch.Generator(device).manual_seed(0)
     top = largest_level(config.planes)
     levels = torch.randint(-top, top + 1, (N, K), dtype=torch.int8, device=device, generator=generator)
@@ -260,7 +263,20 @@ def random_contenders(
     layer = TernaryLinear.from_levels(levels, E, config=config)
     # Exact in bfloat16 and float16, so that all contenders but the 8-bit ones have the same result. Formed from the
     # levels: the packed form is what is tested.
-    weight = levels.to(dtype) * expand_groups(exp2_exact(E).to(dtype), K, layer.group_size)
-    copies = _copies(device, layer.T_packed.detach(), layer.E.detach())
+    return layer, levels.to(dtype) * expand_groups(exp2_exact(E).to(dtype), K, layer.group_size), levels
+
+
+def random_contenders(
+    N: int,
+    K: int,
+    config: TernaryConfig,
+    dtype: torch.dtype,
+    kernels: tuple[str, ...],
+    device: torch.device,
+    activations: tuple[Activation, ...] = ("float",),
+) -> list[Contender]:
+    """Baselines, GemLite and the kernels, on the layer of `random_layer`."""
+    layer, weight, levels = random_layer(N, K, config, dtype, device)
+    copies = copies_of(device, layer.T_packed.detach(), layer.E.detach())
     ours = [_kernel(name, activation, layer, weight, copies) for activation in activations for name in kernels]
     return [*baselines(weight), _gemlite(layer, weight, levels), *ours]

@@ -1,8 +1,11 @@
-"""One linear layer of many shapes: every kernel and baseline, checked against float64, then timed."""
+"""One linear layer of many shapes: every kernel and baseline, checked against float64, then timed.
+
+Also what training does with a layer: the gradient of its input, and the update of its integers.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -10,8 +13,10 @@ from torch import Tensor
 
 from ternarize.bench.contenders import DENSE, Contender, random_contenders
 from ternarize.bench.timing import Pass, record, time_in_turns
+from ternarize.bench.training import UpdateEntrant, grad_input_contenders, random_step
 from ternarize.config import Activation, TernaryConfig
 
+Op = Literal["linear", "grad-input", "update"]
 Status = Literal["ok", "wrong", "failed", "not run"]
 
 #: Tokens of a result that are compared with float64, at most.
@@ -28,7 +33,8 @@ class Plan:
     dtype: torch.dtype
     """Of x, bfloat16 or float16."""
     kernels: tuple[str, ...]
-    """Backends of the ops `linear` and `linear_int8`."""
+    """Backends of the op, for `linear` also of `linear_int8`."""
+    op: Op = "linear"
     activations: tuple[Activation, ...] = ("float",)
     """Which of the two."""
     device: torch.device
@@ -48,7 +54,7 @@ class Result:
     reason: str = ""
     """Why it is not ok."""
     error: float | None = None
-    """Relative, in the 2-norm, against float64."""
+    """Relative, in the 2-norm, against float64; of integers, the part that differs."""
     seconds: float | None = None
     spread: float | None = None
     """Of the samples, see `ternarize.bench.timing.Timing`."""
@@ -70,16 +76,33 @@ def measure_shape(N: int, K: int, plan: Plan) -> Iterator[list[Result]]:
     is one such result, of the contender "all", for the whole cell.
     """
     try:
-        contenders = random_contenders(N, K, plan.config, plan.dtype, plan.kernels, plan.device, plan.activations)
+        measure = _measure(N, K, plan)
     except Exception as error:  # out of memory, or a GPU that an earlier kernel has broken
         for M in plan.tokens:
             yield [_failed(N, K, M, error)]
         return
     for M in plan.tokens:
         try:
-            yield measure_cell(contenders, M, plan)
+            yield measure(M)
         except Exception as error:  # as above
             yield [_failed(N, K, M, error)]
+
+
+def _measure(N: int, K: int, plan: Plan) -> Callable[[int], list[Result]]:
+    """Of the operation of the plan: tokens to results."""
+    if plan.op == "update":
+        return lambda M: measure_update(N, K, M, plan)
+    if plan.op == "linear":
+        forward = random_contenders(N, K, plan.config, plan.dtype, plan.kernels, plan.device, plan.activations)
+        return lambda M: measure_cell(forward, M, plan)
+    backward = grad_input_contenders(N, K, plan.config, plan.dtype, plan.kernels, plan.device)
+
+    def measure(M: int) -> list[Result]:
+        # Named after the layer, not after the product, whose weight is Wᵀ.
+        cell = measure_cell(backward, M, plan)
+        return [dataclasses.replace(result, out_features=N, in_features=K) for result in cell]
+
+    return measure
 
 
 def _failed(N: int, K: int, M: int, error: Exception) -> Result:
@@ -105,6 +128,41 @@ def measure_cell(contenders: list[Contender], M: int, plan: Plan) -> list[Result
         if entrant.check(timed.output, "in the timed calls"):
             entrant.result.seconds, entrant.result.spread = timing.seconds, timing.spread
     return [entrant.result for entrant in entrants]
+
+
+def measure_update(N: int, K: int, M: int, plan: Plan) -> list[Result]:
+    """The same for updates, whose results are integers: each is checked by a call of its own, before and after."""
+    step = random_step(N, K, M, plan.config, plan.dtype, plan.device)
+    results, running = [], []
+    for name in (DENSE, *plan.kernels):
+        result = Result(out_features=N, in_features=K, tokens=M, contender=name, rate=DENSE)
+        results.append(result)
+        entrant = UpdateEntrant(name, step)
+        try:
+            refusal = entrant.refusal()
+            if refusal is not None:
+                result.status, result.reason = "not run", refusal
+            elif _right(result, entrant.error(), entrant.tolerance, "in the first call"):
+                result.bytes = entrant.state_bytes + step.grad_y.nbytes + step.x.nbytes
+                running.append((entrant, result, entrant.record()))
+        except Exception as error:  # whatever a kernel or its compiler raises is the finding
+            result.status, result.reason = "failed", _one_line(error)
+    timings = time_in_turns([timed for _, _, timed in running], plan.seconds_per_cell)
+    for (entrant, result, _), timing in zip(running, timings, strict=True):
+        if _right(result, entrant.error(), entrant.tolerance, "after the timed calls"):
+            result.seconds, result.spread = timing.seconds, timing.spread
+    return results
+
+
+def _right(result: Result, error: float, tolerance: float, when: str) -> bool:
+    """Note the error, and whether it is within what is allowed."""
+    result.error = error
+    # Written so that NaN fails.
+    right = error <= tolerance
+    if not right:
+        result.status = "wrong"
+        result.reason = f"relative error {error:.1e} {when}, allowed is {tolerance:.1e}"
+    return right
 
 
 class _Entrant:
@@ -138,13 +196,7 @@ class _Entrant:
     def check(self, y: Tensor, when: str) -> bool:
         """Compare the sampled rows of a result with float64."""
         error = float((y[self._rows].double() - self._exact).norm() / self._exact.norm())
-        self.result.error = error
-        # Written so that NaN fails.
-        right = error <= self._tolerance
-        if not right:
-            self.result.status = "wrong"
-            self.result.reason = f"relative error {error:.1e} {when}, allowed is {self._tolerance:.1e}"
-        return right
+        return _right(self.result, error, self._tolerance, when)
 
 
 def _float64(values: Tensor) -> Tensor:

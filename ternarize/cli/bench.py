@@ -5,14 +5,14 @@ import datetime
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.table import Table
 
 from ternarize import ops
 from ternarize.bench.ceilings import Ceilings, measure_ceilings
-from ternarize.bench.linear import Plan, Result, dense_seconds, measure_shape
+from ternarize.bench.linear import Op, Plan, Result, dense_seconds, measure_shape
 from ternarize.bench.roofline import check_picture, draw_roofline
 from ternarize.cli import add_output_arguments, bench_model
 from ternarize.cli.bench_arguments import (
@@ -25,6 +25,7 @@ from ternarize.cli.bench_arguments import (
 )
 from ternarize.cli.machine import describe, versions
 from ternarize.cli.output import Output
+from ternarize.errors import ConfigError
 from ternarize.evaluate import default_device
 
 HELP = "measure speed against dense PyTorch; a wrong result gets no time"
@@ -44,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_subparsers(required=True, metavar="WHAT")
     linear = what.add_parser("linear", help="one ternary layer beside dense products, over shapes and tokens")
     linear.set_defaults(measure=_linear)
+    linear.add_argument(
+        "--op",
+        choices=get_args(Op),
+        default="linear",
+        help="y = x W^T, the gradient of x, or one step of training of the weight (default linear)",
+    )
     linear.add_argument(
         "--shapes", type=_shapes, default=SHAPES, metavar="NxK,...", help=f"out x in features (default {SHAPES})"
     )
@@ -108,10 +115,15 @@ def _linear(arguments: argparse.Namespace, output: Output, device: torch.device)
         config=ternary_config(arguments),
         dtype=DTYPES[arguments.dtype],
         kernels=arguments.kernels,
+        op=arguments.op,
         activations=arguments.activation,
         device=device,
         seconds_per_cell=arguments.seconds_per_cell,
     )
+    if plan.op != "linear" and plan.activations != ("float",):
+        raise ConfigError(f"--activation int8 is of linear layers forward, not of --op {plan.op}: leave it out")
+    if plan.op == "update" and plan.config.planes != 1:
+        raise ConfigError(f"--op update with --planes {plan.config.planes}: only layers of one plane train")
     if arguments.plot is not None:
         check_picture(arguments.plot)
     command = _command(arguments)
@@ -158,7 +170,7 @@ def _command(arguments: argparse.Namespace) -> str:
     """The call with every default written out: it measures the same when defaults change."""
     shapes = ",".join(f"{N}x{K}" for N, K in arguments.shapes)
     return (
-        f"ternarize bench linear --shapes {shapes} --tokens {','.join(map(str, arguments.tokens))} "
+        f"ternarize bench linear --op {arguments.op} --shapes {shapes} --tokens {','.join(map(str, arguments.tokens))} "
         f"--group-size {arguments.group_size} --planes {arguments.planes} --dtype {arguments.dtype} "
         f"--kernels {','.join(arguments.kernels)} --activation {','.join(arguments.activation)} "
         f"--seconds-per-cell {arguments.seconds_per_cell:g}"

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ternarize.backends.triton.packed import uniform as triton_uniform
+from ternarize.backends.triton.rounding import add_uniform, random_bits
 from ternarize.errors import ShapeError
 from ternarize.philox import philox, uniform
 
@@ -76,7 +76,8 @@ def test_a_wrong_rng_tensor_is_an_error() -> None:
 def uniform_kernel(rng: tl.tensor, out: tl.tensor, stream: tl.tensor, K: tl.tensor, TOGETHER: tl.constexpr) -> None:
     n, k = tl.arange(0, 4), tl.arange(0, 16)
     place = n[:, None] * K + k[None, :]
-    numbers = triton_uniform(rng, stream, n, k, K, TOGETHER)
+    bits = random_bits(rng, stream, n, k, K, TOGETHER)
+    numbers = add_uniform(tl.zeros_like(bits), bits)
     tl.store(out + place, numbers, mask=(k < K)[None, :] & (n < 4)[:, None])
 
 

@@ -16,8 +16,8 @@ def test_bench_linear_reports_every_cell_and_what_it_ran_on(capsys: pytest.Captu
     )
     report = json.loads(capsys.readouterr().out)
     assert report["command"] == (
-        "ternarize bench linear --shapes 32x64,40x100 --tokens 1,17 --group-size 32 --planes 2 --dtype float16 "
-        "--kernels torch --activation float --seconds-per-cell 0"
+        "ternarize bench linear --op linear --shapes 32x64,40x100 --tokens 1,17 --group-size 32 --planes 2 "
+        "--dtype float16 --kernels torch --activation float --seconds-per-cell 0"
     )
     assert report["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     assert report["device"]["name"]
@@ -34,6 +34,31 @@ def test_bench_linear_reports_every_cell_and_what_it_ran_on(capsys: pytest.Captu
     refused = cells[40, 100, 17, "fp8"]
     assert refused["status"] == "not run"
     assert "microseconds" not in refused
+
+
+@pytest.mark.parametrize("op", ["grad-input", "update"])
+def test_bench_linear_measures_what_training_does_with_a_layer(capsys: pytest.CaptureFixture[str], op: str) -> None:
+    assert main(["bench", "linear", *SMALL, "--op", op, "--group-size", "32", "--json"]) == OK
+    report = json.loads(capsys.readouterr().out)
+    assert f"--op {op}" in report["command"]
+    found = [(cell["out_features"], cell["in_features"], cell["tokens"], cell["contender"]) for cell in report["cells"]]
+    shapes = [(N, K, M) for N, K in ((32, 64), (40, 100)) for M in (1, 17)]
+    assert found == [(*shape, name) for shape in shapes for name in ("dense", "torch")]
+    assert all(cell["microseconds"] > 0 for cell in report["cells"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--op", "grad-input", "--activation", "int8"], "--activation int8 is of linear layers forward"),
+        (["--op", "update", "--planes", "2"], "only layers of one plane train"),
+    ],
+)
+def test_bench_linear_refuses_what_training_has_not(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], reason: str
+) -> None:
+    assert main(["bench", "linear", *SMALL, *arguments]) != OK
+    assert reason in capsys.readouterr().err
 
 
 def test_bench_linear_prints_a_table_a_shape(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,249 @@
+"""The part of an update that is not one integer a weight: statistics [N] and [K], exponents [N, G], the count.
+
+Each kernel here is one launch, where the reference is a dozen: in float64, as it is there, and equal to it. Programs
+are numbered over the rows first, then over the columns, then over the exponents. Nothing is added by atomics: what
+several tiles have found of a row lies in a buffer, a row of it each, and is added in the order of tiles.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ternarize.backends.torch import update as reference
+from ternarize.packing import E_MAX, E_MIN
+
+_NO_STATISTICS = tl.constexpr(reference.NO_STATISTICS)
+_DECAY = tl.constexpr(reference.STATISTICS_DECAY)
+_NEW = tl.constexpr(1 - reference.STATISTICS_DECAY)
+_E_MIN = tl.constexpr(E_MIN)
+_E_MAX = tl.constexpr(E_MAX)
+
+#: Elements a program, and partial sums that it loads at once. Few, so that a vector keeps many SMs busy.
+_BLOCK = 64
+_PARTS = tl.constexpr(32)
+
+#: Elements a program of `normalisers`, each of which takes the mean over all rows: more would wait for fewer programs.
+_NORMALISED = 1024
+
+
+@triton.jit
+def normalisers_kernel(
+    row_log2: tl.tensor,
+    col_log2: tl.tensor,
+    row_factor: tl.tensor,
+    col_factor: tl.tensor,
+    N: tl.tensor,
+    K: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """BLOCK row or column factors of `reference.normalisers`."""
+    programs = tl.cdiv(N, BLOCK)
+    program = tl.program_id(0)
+    if program < programs:
+        total = tl.zeros((BLOCK,), tl.float64)
+        for first in range(0, N, BLOCK):
+            n = first + tl.arange(0, BLOCK)
+            log2 = tl.load(row_log2 + n, mask=n < N, other=0).to(tl.float64) / 256
+            total += tl.where(n < N, tl.exp2(log2), 0.0)
+        n = program * BLOCK + tl.arange(0, BLOCK)
+        log2 = tl.load(row_log2 + n, mask=n < N, other=0).to(tl.float64) / 256
+        factor = tl.exp2(0.5 * (tl.log2(tl.sum(total, 0) / N) - log2)).to(tl.float32)
+        known = tl.load(row_log2) != _NO_STATISTICS
+        tl.store(row_factor + n, tl.where(known, factor, 0.0), mask=n < N)
+    else:
+        k = (program - programs) * BLOCK + tl.arange(0, BLOCK)
+        log2 = tl.load(col_log2 + k, mask=k < K, other=0).to(tl.float64) / 256
+        tl.store(col_factor + k, tl.exp2(-0.5 * log2).to(tl.float32), mask=k < K)
+
+
+@triton.jit
+def add_parts(
+    total: tl.tensor, parts: tl.tensor, first: tl.tensor, size: tl.tensor, tiles: tl.tensor, BLOCK: tl.constexpr
+) -> None:
+    """total[first : first + BLOCK] += the sum over the rows of parts [tiles, size]."""
+    at = first + tl.arange(0, BLOCK)
+    added = tl.zeros((_PARTS, BLOCK), tl.float32)
+    for tile in range(0, tiles, _PARTS):
+        rows = tile + tl.arange(0, _PARTS)
+        mask = (rows < tiles)[:, None] & (at < size)[None, :]
+        added += tl.load(parts + rows.to(tl.int64)[:, None] * size + at[None, :], mask=mask, other=0.0)
+    old = tl.load(total + at, mask=at < size, other=0.0)
+    tl.store(total + at, old + tl.sum(added, 0), mask=at < size)
+
+
+@triton.jit
+def finish_stage_kernel(
+    stage_row: tl.tensor,
+    stage_col: tl.tensor,
+    row_parts: tl.tensor,
+    col_parts: tl.tensor,
+    status: tl.tensor,
+    N: tl.tensor,
+    K: tl.tensor,
+    row_tiles: tl.tensor,
+    col_tiles: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Count a micro-batch and, if it has statistics, add the parts of its tiles to them."""
+    program = tl.program_id(0)
+    if program == 0:
+        tl.store(status + 1, tl.load(status + 1) + 1)
+    if row_parts is not None:
+        programs = tl.cdiv(N, BLOCK)
+        if program < programs:
+            add_parts(stage_row, row_parts, program * BLOCK, N, row_tiles, BLOCK)
+        else:
+            add_parts(stage_col, col_parts, (program - programs) * BLOCK, K, col_tiles, BLOCK)
+
+
+@triton.jit
+def merge_vector(
+    log2: tl.tensor,
+    staged: tl.tensor,
+    first: tl.tensor,
+    size: tl.tensor,
+    samples: tl.tensor,
+    active: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """`reference.merge_statistics` of BLOCK elements, if ``active``; clears what was staged."""
+    at = first + tl.arange(0, BLOCK)
+    mask = at < size
+    if active:
+        old = tl.load(log2 + at, mask=mask, other=0)
+        new = tl.div_rn(tl.load(staged + at, mask=mask, other=0.0), samples).to(tl.float64)
+        merged = _DECAY * tl.exp2(old.to(tl.float64) / 256) + _NEW * new
+        merged = tl.maximum(tl.where(old == _NO_STATISTICS, new, merged), 1e-37)
+        # No logarithm is a tie: how the reference rounds those does not matter.
+        rounded = tl.floor(256 * tl.log2(merged) + 0.5)
+        rounded = tl.minimum(tl.maximum(rounded, -32767.0), 32767.0)
+        tl.store(log2 + at, rounded.to(tl.int16), mask=mask)
+    tl.store(staged + at, tl.zeros((BLOCK,), tl.float32), mask=mask)
+
+
+@triton.jit
+def step_exponents(
+    E: tl.tensor,
+    E_accum: tl.tensor,
+    stage_E: tl.tensor,
+    first: tl.tensor,
+    size: tl.tensor,
+    threshold: tl.tensor,
+    active: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """`reference.exponent_rule` of BLOCK exponents, if ``active``; clears their votes. Of none before 0."""
+    at = first + tl.arange(0, BLOCK)
+    mask = (at >= 0) & (at < size)
+    if active:
+        votes = tl.load(stage_E + at, mask=mask, other=0).to(tl.int32)
+        accum = tl.load(E_accum + at, mask=mask, other=0).to(tl.int32) - votes
+        turn = (accum >= threshold).to(tl.int32) - (accum <= -threshold).to(tl.int32)
+        stepped = tl.load(E + at, mask=mask, other=0).to(tl.int32) + turn
+        tl.store(E + at, tl.minimum(tl.maximum(stepped, _E_MIN), _E_MAX).to(tl.int8), mask=mask)
+        accum = tl.minimum(tl.maximum(tl.where(turn != 0, 0, accum), -127), 127)
+        tl.store(E_accum + at, accum.to(tl.int8), mask=mask)
+    tl.store(stage_E + at, tl.zeros((BLOCK,), tl.int8), mask=mask)
+
+
+@triton.jit
+def commit_vectors_kernel(
+    E: tl.tensor,
+    E_accum: tl.tensor,
+    stage_E: tl.tensor,
+    row_log2: tl.tensor,
+    col_log2: tl.tensor,
+    stage_row: tl.tensor,
+    stage_col: tl.tensor,
+    status: tl.tensor,
+    refuse: tl.tensor,
+    N: tl.tensor,
+    K: tl.tensor,
+    exponents: tl.tensor,
+    exponent_threshold: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """BLOCK rows, columns or exponents of a layer."""
+    program = tl.program_id(0)
+    count = tl.load(status + 1)
+    active = (tl.load(refuse) == 0) & (count > 0)
+    if stage_row is not None:
+        rows, columns = tl.cdiv(N, BLOCK), tl.cdiv(K, BLOCK)
+        if program < rows:
+            samples = count.to(tl.float64) * K
+            merge_vector(row_log2, stage_row, program * BLOCK, N, samples.to(tl.float32), active, BLOCK)
+        elif program < rows + columns:
+            samples = count.to(tl.float64) * N
+            merge_vector(col_log2, stage_col, (program - rows) * BLOCK, K, samples.to(tl.float32), active, BLOCK)
+        program -= rows + columns
+    if stage_E is not None:
+        step_exponents(E, E_accum, stage_E, program * BLOCK, exponents, exponent_threshold, active, BLOCK)
+
+
+def normalisers(row_log2: Tensor, col_log2: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.normalisers` in one launch."""
+    N, K = row_log2.shape[0], col_log2.shape[0]
+    row_factor, col_factor = (vector.new_empty(vector.shape, dtype=torch.float32) for vector in (row_log2, col_log2))
+    normalisers_kernel[(triton.cdiv(N, _NORMALISED) + triton.cdiv(K, _NORMALISED),)](
+        row_log2, col_log2, row_factor, col_factor, N, K, BLOCK=_NORMALISED, num_warps=8, enable_fp_fusion=False
+    )
+    return row_factor, col_factor
+
+
+def finish_stage(
+    status: Tensor, sums: tuple[Tensor, Tensor] | None = None, parts: tuple[Tensor, Tensor] | None = None
+) -> None:
+    """Count a micro-batch, after its tiles, and add what they found of rows and columns.
+
+    Args:
+        status: int32 [2].
+        sums: stage_row float32 [N] and stage_col float32 [K].
+        parts: float32 [tiles, N] and [tiles, K], to be added to them.
+    """
+    programs, N, K, row_tiles, col_tiles = 1, 0, 0, 0, 0
+    if parts is not None:
+        (row_tiles, N), (col_tiles, K) = parts[0].shape, parts[1].shape
+        programs = triton.cdiv(N, _BLOCK) + triton.cdiv(K, _BLOCK)
+    row, col = sums if sums is not None else (None, None)
+    row_parts, col_parts = parts if parts is not None else (None, None)
+    finish_stage_kernel[(programs,)](
+        row, col, row_parts, col_parts, status, N, K, row_tiles, col_tiles, BLOCK=_BLOCK, num_warps=4
+    )
+
+
+def commit_vectors(
+    E: Tensor,
+    E_accum: Tensor | None,
+    row_log2: Tensor | None,
+    col_log2: Tensor | None,
+    stage_E: Tensor | None,
+    stage_row: Tensor | None,
+    stage_col: Tensor | None,
+    status: Tensor,
+    refuse: Tensor,
+    exponent_threshold: int,
+) -> None:
+    """`reference.commit_groups_and_vectors`, but for ``status``, which stays as it is."""
+    N, K = (0, 0) if stage_row is None or stage_col is None else (stage_row.shape[0], stage_col.shape[0])
+    exponents = 0 if stage_E is None else stage_E.numel()
+    programs = triton.cdiv(N, _BLOCK) + triton.cdiv(K, _BLOCK) + triton.cdiv(exponents, _BLOCK)
+    if programs:
+        commit_vectors_kernel[(programs,)](
+            E,
+            E_accum,
+            stage_E,
+            row_log2,
+            col_log2,
+            stage_row,
+            stage_col,
+            status,
+            refuse,
+            N,
+            K,
+            exponents,
+            exponent_threshold,
+            BLOCK=_BLOCK,
+            num_warps=2,
+            enable_fp_fusion=False,
+        )

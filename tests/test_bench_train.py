@@ -1,6 +1,5 @@
 import functools
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ternarize import TernaryConfig, dequantize
+from ternarize.backends.select import tilelang_trains
 from ternarize.bench import train_step
-from ternarize.bench.environment import eager_kernels
+from ternarize.bench.clocks import Laps
 from ternarize.bench.llama import multiplied_weights, trainable_model, with_layers
 from ternarize.bench.timing import MIN_ROUNDS
 from ternarize.bench.train import Plan, measure_training, teraflops
 from ternarize.bench.train_step import Contender, Training, bytes_a_weight
 from ternarize.bench.turns import Result, times_dense
 from ternarize.cli import FAILURE, OK, USAGE, bench_train, main
+from ternarize.config import Kernels, kernels_policy
 from ternarize.layer import ternary_layers
 from tests.bench_kit import CPU, TINY, Local
 
@@ -202,16 +203,25 @@ def test_a_step_that_raises_is_one_result(monkeypatch: pytest.MonkeyPatch) -> No
     assert (failed.status, failed.reason, failed.ready) == ("failed", "out of registers", None)
 
 
-def test_a_contender_uses_its_kernels_outside_of_graphs_too(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kernels", "gate"), [("torch", False), ("tilelang", True)])
+def test_a_contender_uses_its_kernels_outside_of_graphs_too(
+    monkeypatch: pytest.MonkeyPatch, kernels: Kernels, gate: bool
+) -> None:
     monkeypatch.setenv("ARB_TERNARY_BACKEND", "triton")
-    monkeypatch.setenv("TERNARIZE_TILELANG_TRAINING", "0")
-    with eager_kernels("tilelang"):
-        assert os.environ["TERNARIZE_BACKEND"] == os.environ["ARB_TERNARY_BACKEND"] == "tilelang"
-        assert os.environ["TERNARIZE_TILELANG_TRAINING"] == os.environ["ARB_TILELANG_TRAINING"] == "1"
-    assert "TERNARIZE_BACKEND" not in os.environ
-    assert "ARB_TILELANG_TRAINING" not in os.environ
-    assert os.environ["ARB_TERNARY_BACKEND"] == "triton"
-    assert os.environ["TERNARIZE_TILELANG_TRAINING"] == "0"
+    monkeypatch.setattr(train_step, "_compare", lambda task: (0.0, None, None))
+    seen: list[tuple[str, bool]] = []
+    losses = iter([3.0, *[2.0] * 99])
+
+    def step(self: Training, laps: Laps | None = None) -> Tensor:
+        seen.append((kernels_policy(), tilelang_trains()))
+        return torch.tensor(next(losses))
+
+    monkeypatch.setattr(Training, "step", step)
+    contender = Contender(plan(contenders={"it": (INT8, kernels)}).task("it"))
+    assert contender.prepare().fault == ""
+    contender.run()
+    assert set(seen) == {(kernels, gate)}
+    assert kernels_policy() == "triton"
 
 
 @pytest.mark.parametrize(

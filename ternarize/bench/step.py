@@ -17,10 +17,9 @@ from torch._dynamo.utils import counters
 
 from ternarize.backends import ternary
 from ternarize.bench.clocks import Laps, hold_device, host_seconds
-from ternarize.bench.environment import eager_kernels
 from ternarize.bench.llama import Config, attend_causally, random_model
 from ternarize.bench.turns import Stretch, largest
-from ternarize.config import Kernels, TernaryConfig
+from ternarize.config import Kernels, TernaryConfig, eager_kernels
 from ternarize.explain import explain
 
 Work = Literal["decode", "prefill"]

@@ -18,11 +18,10 @@ from torch._dynamo.utils import counters
 
 from ternarize.backends import ternary
 from ternarize.bench.clocks import Laps, hold_device, host_seconds
-from ternarize.bench.environment import eager_kernels
 from ternarize.bench.llama import Config, multiplied_weights, trainable_model, with_layers
 from ternarize.bench.turns import Stretch, largest
 from ternarize.candidates import find_dense_layers
-from ternarize.config import Kernels, TernaryConfig
+from ternarize.config import Kernels, TernaryConfig, eager_kernels
 from ternarize.explain import explain
 from ternarize.layer import TernaryLinear, ternary_layers
 from ternarize.optim import DEFAULT_LR, build_optimizer
@@ -185,7 +184,7 @@ class Contender:
     def prepare(self) -> Ready:
         """Check the compiled step on a short model, then make the whole one and take its first steps."""
         task = self._task
-        with eager_kernels(task.kernels):
+        with _kernels_of(task):
             loss_error, integer_error, allowed = _compare(task)
             counters.clear()
             self._training = Training(task, task.config, compiled=True, autocast=True)
@@ -213,7 +212,7 @@ class Contender:
     def run(self) -> Stretch:
         """Time a few steps."""
         device = self._task.device
-        with eager_kernels(self._task.kernels):
+        with _kernels_of(self._task):
             # Takes back the memory that it gave to the others.
             self._training.step()
             seconds = host_seconds(self._go, device) / STRETCH_STEPS
@@ -262,16 +261,20 @@ def _compile(loss: Any, task: Task) -> Any:
     return torch.compile(loss, backend=ternary, fullgraph=True, dynamic=False, options={"kernels": task.kernels})
 
 
+def _kernels_of(task: Task) -> contextlib.AbstractContextManager[None]:
+    """The kernels of a task outside of graphs too. Who measures TileLang in training wants it there."""
+    return eager_kernels(task.kernels, tilelang_training=task.kernels == "tilelang")
+
+
 def _compare(task: Task) -> tuple[float, float | None, float | None]:
     """Errors of the compiled step on the first layers of the model, as in `Ready`."""
     layers = min(CHECKED_LAYERS, int(task.config["num_hidden_layers"]))
     config = with_layers(task.config, layers)
-    runs = [("torch", False, False), (task.kernels, True, True)]
-    if task.ternary is not None:
-        runs.insert(1, ("torch", False, True))
+    # Compiled or not, under autocast or not.
+    runs = [(False, False), (True, True)] if task.ternary is None else [(False, False), (False, True), (True, True)]
     losses, integers = [], []
-    for kernels, compiled, autocast in runs:
-        with eager_kernels(kernels):
+    for compiled, autocast in runs:
+        with _kernels_of(task) if compiled else eager_kernels("torch"):
             training = Training(task, config, compiled=compiled, autocast=autocast)
             losses.append(training.losses(CHECKED_STEPS))
         integers.append([layer for _, layer in ternary_layers(training.model)])
@@ -315,7 +318,8 @@ def bytes_a_weight(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
             tensors += [parameter.grad, *optimizer.state.get(parameter, {}).values()]
     # What several tensors share is counted once.
     storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) / weights
+    stored = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return float(stored / weights)
 
 
 def _not_learning(losses: Sequence[float]) -> str:

@@ -1,6 +1,7 @@
 import functools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ternarize import TernaryConfig, dequantize
 from ternarize.backends.select import tilelang_trains
 from ternarize.bench import train_step
+from ternarize.bench.allocations import telling_ctx, weight_sized
 from ternarize.bench.clocks import Laps
 from ternarize.bench.llama import multiplied_weights, trainable_model, with_layers
 from ternarize.bench.timing import MIN_ROUNDS
@@ -43,6 +45,7 @@ def plan(**changes: Any) -> Plan:
         "batch": 4,
         "ctx": 32,
         "checkpointing": False,
+        "trace_memory": False,
         "device": CPU,
         "seconds": 0.0,
     }
@@ -258,6 +261,23 @@ def test_checkpointing_runs_each_block_again() -> None:
     assert runs == [1, 2]
 
 
+# Allocations.
+
+
+def test_the_tokens_of_a_trace_share_no_factor_with_a_weight() -> None:
+    assert telling_ctx(2048, [(8192, 2048), (512, 2048)]) == 2039
+    # 13 and 11 divide a weight.
+    assert telling_ctx(16, [(13, 4), (22, 4)]) == 7
+
+
+def test_allocations_the_size_of_a_float_weight_are_found() -> None:
+    allocated = [48 * 32 * 4, 48 * 32 * 4, 16 * 32 * 2, 48 * 32, 48 * 32 * 4 + 1]
+    trace = [{"action": "alloc", "size": size} for size in allocated]
+    trace += [{"action": "free_completed", "size": 48 * 32 * 2}, {"action": "segment_alloc", "size": 48 * 32 * 2}]
+    assert weight_sized(trace, [(48, 32), (16, 32)]) == {"48x32 of 4 bytes": 2, "16x32 of 2 bytes": 1}
+    assert weight_sized(trace, [(64, 32)]) == {}
+
+
 # The command.
 
 
@@ -295,12 +315,17 @@ def test_bench_train_reports_every_contender(tiny: list[str], capsys: pytest.Cap
     assert cell["integer_error"] <= cell["allowed_integer_error"]
 
 
-def test_bench_train_prints_a_table(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_train_prints_a_table(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_step, "_weight_sized_allocations", lambda task: {"96x32 of 4 bytes": 3})
+    monkeypatch.setattr(bench_train, "measure_training", lambda plan: measure_locally(replace(plan, trace_memory=True)))
     assert main(["bench", "train", *tiny, "--rule", "sign"]) == OK
     out = capsys.readouterr().out
     for words in ("train, 4 x 32 tokens", "x dense", "B/weight", "ternary auto sign", "0 graph breaks", "backward"):
         assert words in out
     assert "…" not in out
+    assert "allocations the size of a float matrix: 3 of 96x32 of 4 bytes" in out
 
 
 def test_a_wrong_step_fails_the_run(
@@ -326,6 +351,7 @@ def test_a_wrong_step_fails_the_run(
         (["--group-size", "3"], "--group-size"),
         (["--model", "9b"], "--model '9b'"),
         (["--device", "tpu"], "'tpu' is no device"),
+        (["--device", "cpu", "--trace-memory"], "--trace-memory reads the history of a GPU's allocator"),
     ],
 )
 def test_a_wrong_call_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

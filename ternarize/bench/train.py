@@ -30,6 +30,8 @@ class Plan:
     ctx: int
     checkpointing: bool
     device: torch.device
+    trace_memory: bool
+    """As of `Task`."""
     seconds: float
     """Of timed rounds, all contenders together."""
 
@@ -43,6 +45,7 @@ class Plan:
             batch=self.batch,
             ctx=self.ctx,
             checkpointing=self.checkpointing,
+            trace_memory=self.trace_memory,
             device=self.device,
         )
 

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from ternarize.backends import ternary
+from ternarize.bench.allocations import allocation_trace, telling_ctx, weight_sized
 from ternarize.bench.clocks import Laps, hold_device, host_seconds
 from ternarize.bench.llama import Config, multiplied_weights, trainable_model, with_layers
 from ternarize.bench.turns import Stretch, largest
 from ternarize.candidates import find_dense_layers
+from ternarize.checkpoint.transformers_model import empty_model
 from ternarize.config import Kernels, TernaryConfig, eager_kernels
 from ternarize.explain import explain
 from ternarize.layer import TernaryLinear, ternary_layers
@@ -70,6 +72,8 @@ class Task:
     """Tokens of each."""
     checkpointing: bool
     """Whether each block of the model keeps its input only, and is run again in backward."""
+    trace_memory: bool
+    """Whether to look for allocations as large as a float matrix of a ternary layer; on a GPU."""
     device: torch.device
 
     @property
@@ -100,6 +104,9 @@ class Ready:
     """From a model in memory to its first update: everything that compiles and loads."""
     resident_bytes: int
     """Allocated on the device between steps; 0 on a CPU."""
+    weight_sized_allocations: dict[str, int] | None
+    """Allocations of a step of the model cut short, on other tokens, that are as large as a float matrix of a layer
+    that is or would be ternary, by what they may be. None if not looked for."""
 
     @property
     def fault(self) -> str:
@@ -186,6 +193,7 @@ class Contender:
         task = self._task
         with _kernels_of(task):
             loss_error, integer_error, allowed = _compare(task)
+            allocations = _weight_sized_allocations(task) if task.trace_memory else None
             counters.clear()
             self._training = Training(task, task.config, compiled=True, autocast=True)
             losses: list[float] = []
@@ -207,6 +215,7 @@ class Contender:
             bytes_a_weight=bytes_a_weight(model, self._training.optimizer),
             first_step_seconds=first_step_seconds,
             resident_bytes=torch.cuda.memory_allocated() if task.device.type == "cuda" else 0,
+            weight_sized_allocations=allocations,
         )
 
     def run(self) -> Stretch:
@@ -268,8 +277,7 @@ def _kernels_of(task: Task) -> contextlib.AbstractContextManager[None]:
 
 def _compare(task: Task) -> tuple[float, float | None, float | None]:
     """Errors of the compiled step on the first layers of the model, as in `Ready`."""
-    layers = min(CHECKED_LAYERS, int(task.config["num_hidden_layers"]))
-    config = with_layers(task.config, layers)
+    config = _cut_short(task.config)
     # Compiled or not, under autocast or not.
     runs = [(False, False), (True, True)] if task.ternary is None else [(False, False), (False, True), (True, True)]
     losses, integers = [], []
@@ -287,6 +295,26 @@ def _compare(task: Task) -> tuple[float, float | None, float | None]:
     exact, rounded, own_integers = integers
     allowed = min(ERROR_FACTOR * _share_that_differs(rounded, exact), LARGEST_ERROR)
     return loss_error, _share_that_differs(own_integers, exact), allowed
+
+
+def _cut_short(config: Config) -> Config:
+    return with_layers(config, min(CHECKED_LAYERS, int(config["num_hidden_layers"])))
+
+
+def _weight_sized_allocations(task: Task) -> dict[str, int]:
+    """As in `Ready`."""
+    config = _cut_short(task.config)
+    found = find_dense_layers(empty_model(config), include=None, exclude=None, filter_fn=None)
+    shapes = {(layer.weight.shape[0], layer.weight.shape[1]) for layer in found if layer.skip is None}
+    task = dataclasses.replace(task, ctx=telling_ctx(task.ctx, shapes))
+    training = Training(task, config, compiled=True, autocast=True)
+    # The first compiles, and makes what is kept: workspaces of cuBLAS, state of AdamW.
+    training.losses(2)
+    trace = allocation_trace(training.step)
+    del training
+    torch._dynamo.reset()
+    _release(task.device)
+    return weight_sized(trace, shapes)
 
 
 def _share_that_differs(layers: Sequence[TernaryLinear], expected: Sequence[TernaryLinear]) -> float:

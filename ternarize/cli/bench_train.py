@@ -23,6 +23,7 @@ from ternarize.cli.bench_rows import finite, number, outcome, times
 from ternarize.cli.machine import device_argument
 from ternarize.cli.output import Output
 from ternarize.config import Accumulator, Kernels, Rule, TernaryConfig
+from ternarize.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpointing", action="store_true", help="keep only the input of each block and run it again in backward"
     )
     parser.add_argument("--seconds", type=float, default=20.0, help="of timing, everything together (default 20)")
+    parser.add_argument(
+        "--trace-memory",
+        action="store_true",
+        help="also look for allocations as large as a float matrix of a ternary layer, on a GPU",
+    )
     parser.add_argument("--device", type=device_argument, help="default: the first GPU, or the CPU")
 
 
@@ -70,6 +76,8 @@ def measure(arguments: argparse.Namespace, output: Output, device: torch.device)
 
 
 def _plan(arguments: argparse.Namespace, device: torch.device) -> Plan:
+    if arguments.trace_memory and device.type != "cuda":
+        raise ConfigError(f"--trace-memory reads the history of a GPU's allocator, and this is {device}: drop it")
     config = model_config(arguments.model)
     contenders: dict[str, tuple[TernaryConfig | None, Kernels]] = {DENSE: (None, "auto")}
     for accumulator in _accumulators(arguments):
@@ -83,6 +91,7 @@ def _plan(arguments: argparse.Namespace, device: torch.device) -> Plan:
         batch=arguments.batch,
         ctx=arguments.ctx,
         checkpointing=arguments.checkpointing,
+        trace_memory=arguments.trace_memory,
         device=device,
         seconds=arguments.seconds,
     )
@@ -102,7 +111,7 @@ def _command(arguments: argparse.Namespace, plan: Plan) -> str:
         f"--batch {plan.batch} --ctx {plan.ctx} --rule {arguments.rule} "
         f"--accumulator {','.join(_accumulators(arguments))} --kernels {','.join(arguments.kernels)} "
         f"--group-size {arguments.group_size} --seconds {plan.seconds:g} --device {plan.device}"
-        f"{' --checkpointing' if plan.checkpointing else ''}"
+        f"{' --checkpointing' if plan.checkpointing else ''}{' --trace-memory' if plan.trace_memory else ''}"
     )
 
 
@@ -153,5 +162,8 @@ def _facts(result: Result[Ready]) -> Iterator[str]:
         yield f"off by {ready.loss_error:.1e}"
         if ready.integer_error is not None and ready.allowed_integer_error is not None:
             yield f"{ready.integer_error:.1%} of integers differ ({ready.allowed_integer_error:.1%} allowed)"
+        if ready.weight_sized_allocations is not None:
+            found = [f"{number} of {size}" for size, number in ready.weight_sized_allocations.items()]
+            yield f"allocations the size of a float matrix: {' and '.join(found) or 'none'}"
     if result.reason:
         yield f"{result.status}: {result.reason}"

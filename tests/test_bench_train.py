@@ -15,6 +15,7 @@ from ternarize.bench import train_step
 from ternarize.bench.allocations import telling_ctx, weight_sized
 from ternarize.bench.clocks import Laps
 from ternarize.bench.llama import multiplied_weights, trainable_model, with_layers
+from ternarize.bench.process import ContenderError, Process
 from ternarize.bench.timing import MIN_ROUNDS
 from ternarize.bench.train import Plan, measure_training, teraflops
 from ternarize.bench.train_step import Contender, Training, bytes_a_weight
@@ -206,6 +207,15 @@ def test_a_step_that_raises_is_one_result(monkeypatch: pytest.MonkeyPatch) -> No
     assert (failed.status, failed.reason, failed.ready) == ("failed", "out of registers", None)
 
 
+def test_a_process_tells_what_was_raised_inside_of_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    remote = Process(Contender, plan(contenders={"it": (INT8, "triton")}).task("it"))
+    remote.ask("prepare")
+    with pytest.raises(ContenderError, match="KernelError: kernels=triton cannot run"):
+        remote.answer()
+    remote.close()
+
+
 @pytest.mark.parametrize(("kernels", "gate"), [("torch", False), ("tilelang", True)])
 def test_a_contender_uses_its_kernels_outside_of_graphs_too(
     monkeypatch: pytest.MonkeyPatch, kernels: Kernels, gate: bool
@@ -322,7 +332,7 @@ def test_bench_train_prints_a_table(
     monkeypatch.setattr(bench_train, "measure_training", lambda plan: measure_locally(replace(plan, trace_memory=True)))
     assert main(["bench", "train", *tiny, "--rule", "sign"]) == OK
     out = capsys.readouterr().out
-    for words in ("train, 4 x 32 tokens", "x dense", "B/weight", "ternary auto sign", "0 graph breaks", "backward"):
+    for words in ("train, 4 x 32 tokens", "x dense", "B/w", "ternary auto sign", "0 graph breaks", "backward"):
         assert words in out
     assert "…" not in out
     assert "allocations the size of a float matrix: 3 of 96x32 of 4 bytes" in out

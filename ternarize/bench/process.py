@@ -13,6 +13,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
+from ternarize.errors import cause_of
+
 #: Where compilers look for their caches.
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TILELANG_CACHE_DIR")
 
@@ -95,6 +97,7 @@ def _serve(connection: Connection, make: Callable[[Any], object], task: object, 
             answer = True, getattr(contender, method)()
         except Exception as error:  # whatever a compiler or a kernel raises is the finding
             traceback.print_exc()
-            first, *_ = str(error).strip().splitlines() or [""]
-            answer = False, f"{type(error).__name__}: {first[:200]}"
+            cause = cause_of(error)
+            first, *_ = str(cause).strip().splitlines() or [""]
+            answer = False, f"{type(cause).__name__}: {first[:200]}"
         connection.send(answer)

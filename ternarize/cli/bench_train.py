@@ -130,7 +130,7 @@ def _row(result: Result[Ready], results: list[Result[Ready]]) -> dict[str, Any]:
 
 def _table(plan: Plan, results: list[Result[Ready]]) -> Table:
     table = Table(title=f"train, {plan.batch} x {plan.ctx} tokens")
-    for name in ("model", "ms", "device", "tokens/s", "x dense", "peak GB", "B/weight"):
+    for name in ("model", "ms", "device", "tokens/s", "x dense", "peak", "B/w"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for result in results:
         row = _row(result, results)

@@ -44,9 +44,9 @@ FIRST_STEPS = 5
 LOSS_TOLERANCE = 5e-3
 
 #: Share of a layer's integers that may differ from those of the float32 reference: what differs if the reference runs
-#: under bfloat16 autocast, times this factor, and never more than the bound. A gradient that is off by bfloat16's
-#: rounding, 1 to 2 %, makes as many of its stochastic roundings fall the other way: 2 % after three steps at 256
-#: features, 5 % at 32. About half of all integers move in these steps, so that a wrong kernel is beyond the bound.
+#: under bfloat16 autocast, times this factor, and never more than the bound. Gradients that bfloat16
+#: has rounded make some stochastic roundings fall the other way: measured after these steps, 2 % of the integers at 256
+#: features and 5 % at 32. About half of all integers move meanwhile, so that a wrong kernel is beyond the bound.
 ERROR_FACTOR, LARGEST_ERROR = 2.0, 0.2
 
 #: Timed steps of a stretch, once by the host's clock and once by the device's.
@@ -139,7 +139,7 @@ class Training:
     def __init__(self, task: Task, config: Config, *, compiled: bool, autocast: bool) -> None:
         self.model = trainable_model(config, task.ternary, device=task.device)
         if task.checkpointing:
-            # The name of transformers before 5.20.
+            # Releases of transformers 5 have it under one name or the other.
             model: Any = self.model
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="valid-type, untyped-decorator, no-untyped-def"
 # TileLang is untyped, and its kernels are annotated with buffers, which are values.
-"""The program of `ternarize.backends.tilelang.linear` for a few tokens: linear_decode.cuh, hosted by TileLang."""
+"""The program of `linear` and `linear_int8` for a few tokens: linear_decode.cuh, hosted by TileLang."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,16 @@ from typing import Any
 import tilelang.language as T
 
 from ternarize.backends.tilelang.hopper import MULTIPROCESSORS, SHARED_BYTES
-from ternarize.backends.tilelang.layers import Dtype, LayerShape, call_arguments
+from ternarize.backends.tilelang.layers import (
+    MANTISSA_BYTES,
+    Dtype,
+    LayerBuffers,
+    LayerShape,
+    call_arguments,
+    int8_call_arguments,
+    pointer,
+)
+from ternarize.config import Activation
 
 #: Weights of a row that a warp takes at once: a cache line.
 STEP = 512
@@ -20,10 +29,9 @@ STEP = 512
 MOST_TOKENS = 16
 
 SOURCE = "".join(
-    Path(__file__).with_name(name).read_text() for name in ("guard.cuh", "hopper.cuh", "linear_decode.cuh")
+    Path(__file__).with_name(name).read_text()
+    for name in ("numbers.cuh", "hopper.cuh", "linear_decode_x.cuh", "linear_decode.cuh")
 )
-
-_MANTISSA_BYTES = {None: 0, "uint8": 1, "int16": 2, "int32": 4}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +41,7 @@ class DecodeTile:
     TOKENS: int
     """Tokens a call has at most: 1, 2, 4, 8 or 16."""
     DIGITS: int
-    """0, or the base-128 digits that x is split into."""
+    """0, or the base-128 digits that x is split into; 1 for x that is int8."""
     TILES: int
     """mma tiles of 16 rows in a row block."""
     STAGES: int
@@ -57,13 +65,14 @@ class DecodeTile:
         """Shared memory of a block: the rings, its part of x, and the parts of the sums that it adds up."""
         columns = self.TOKENS * max(self.DIGITS, 1)
         rows = 16 * self.TILES
-        scale_bytes = _ring_bytes(1, K, g) + _ring_bytes(_MANTISSA_BYTES[layers[0].mantissa], K, g)
+        scale_bytes = _ring_bytes(1, K, g) + _ring_bytes(MANTISSA_BYTES[layers[0].mantissa], K, g)
         ring_bytes = self.WARPS * self.STAGES * rows * (layers[0].planes * STEP // 4 + scale_bytes)
         chunks = -(-_steps(K) // self.CLUSTER) * STEP // 128
-        x_bytes = chunks * (128 * columns + 4 * self.TOKENS if self.DIGITS else 256 * columns)
+        x_bytes = chunks * 128 * columns * (1 if self.DIGITS else 2)
+        x_scale_bytes = chunks * 4 * self.TOKENS if self.DIGITS > 1 else 0
         blocks = -(-self.row_blocks(layers) // self.CLUSTERS)
         parts = -(-blocks // self.CLUSTER) * self.CLUSTER * self.K_WARPS
-        return ring_bytes + x_bytes + parts * rows * -(-columns // 8) * 8 * 4
+        return ring_bytes + x_bytes + x_scale_bytes + parts * rows * -(-columns // 8) * 8 * 4
 
 
 def _steps(K: int) -> int:
@@ -81,23 +90,39 @@ def _ring_bytes(value_bytes: int, K: int, g: int) -> int:
 
 
 def decode_function(
-    layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, *, guarded: bool, tile: DecodeTile
+    layers: tuple[LayerShape, ...],
+    K: int,
+    g: int,
+    dtype: Dtype,
+    *,
+    guarded: bool,
+    tile: DecodeTile,
+    activation: Activation = "float",
 ) -> str:
     """The instance of linear_decode.cuh for a call; arguments as of `decode_program`."""
+    y_type = "__nv_bfloat16" if dtype == "bfloat16" else "__half"
     parameters = (
-        "__nv_bfloat16" if dtype == "bfloat16" else "__half",
+        "int8_t" if activation == "int8" else y_type,
+        y_type,
         *dataclasses.astuple(tile)[:-1],
         K,
         g,
         layers[0].planes,
-        _MANTISSA_BYTES[layers[0].mantissa],
+        MANTISSA_BYTES[layers[0].mantissa],
         str(guarded).lower(),
     )
     return f"ternarize::linear_decode<{', '.join(map(str, parameters))}>"
 
 
 def decode_program(
-    layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, *, guarded: bool, tile: DecodeTile
+    layers: tuple[LayerShape, ...],
+    K: int,
+    g: int,
+    dtype: Dtype,
+    *,
+    guarded: bool,
+    tile: DecodeTile,
+    activation: Activation = "float",
 ) -> Any:
     """The program for a call of up to tile.TOKENS tokens.
 
@@ -105,22 +130,27 @@ def decode_program(
         layers: of the call, with as many planes and the same mantissa each.
         K: in_features, a multiple of 64.
         g: weights a scale group: 64, a multiple of 128, or K.
-        dtype: of x and y.
+        dtype: of y, and of x unless that is int8.
         guarded: whether values that are not finite are reported in the status of their layer.
         tile: how the work is shared out.
+        activation: int8 for x in int8, with a scale for each token.
 
     Returns:
-        A TileLang prim_func of the arguments of `ternarize.backends.tilelang.layers.call_arguments`.
+        A TileLang prim_func of the arguments of `ternarize.backends.tilelang.layers.call_arguments`, or of
+        `int8_call_arguments`.
     """
-    function = decode_function(layers, K, g, dtype, guarded=guarded, tile=tile)
+    function = decode_function(layers, K, g, dtype, guarded=guarded, tile=tile, activation=activation)
     shared_bytes = tile.shared_bytes(layers, K, g)
 
-    def pointer(buffer: Any, access: str) -> Any:
-        return 0 if buffer is None else T.access_ptr(buffer[(0,) * len(buffer.shape)], access)
+    def arguments() -> tuple[Any, Any, list[LayerBuffers]]:
+        if activation == "int8":
+            return int8_call_arguments(layers, K, g, dtype, guarded=guarded)
+        x, buffers = call_arguments(layers, K, g, dtype, guarded=guarded)
+        return x, None, buffers
 
     @T.prim_func
     def ternary_linear_decode():
-        x, buffers = call_arguments(layers, K, g, dtype, guarded=guarded)
+        x, scale, buffers = arguments()
         with T.Kernel(tile.CLUSTER * tile.CLUSTERS, threads=32 * tile.WARPS, cluster_dims=tile.CLUSTER):
             T.import_source(SOURCE)
             T.annotate_min_blocks_per_sm(tile.blocks_per_multiprocessor)
@@ -128,7 +158,8 @@ def decode_program(
             T.call_extern(
                 "handle",
                 function,
-                T.access_ptr(x[0, 0], "r"),
+                pointer(x, "r"),
+                pointer(scale, "r"),
                 T.access_ptr(shared[0], "rw"),
                 x.shape[0],
                 *(
@@ -159,12 +190,15 @@ def choose_decode_tile(
     K: int,
     g: int,
     dtype: Dtype,  # noqa: ARG001  # the arguments of choose_wgmma_tile
+    activation: Activation = "float",
 ) -> DecodeTile | None:
     """The first of `decode_tiles`, or None for a call that linear_decode.cuh does not serve."""
-    return next(decode_tiles(M, layers, K, g), None)
+    return next(decode_tiles(M, layers, K, g, activation), None)
 
 
-def decode_tiles(M: int, layers: tuple[LayerShape, ...], K: int, g: int) -> Iterator[DecodeTile]:
+def decode_tiles(
+    M: int, layers: tuple[LayerShape, ...], K: int, g: int, activation: Activation = "float"
+) -> Iterator[DecodeTile]:
     """The sizes of linear_decode.cuh that fit a call of up to 16 tokens, the preferred ones first.
 
     It serves rows that are a multiple of 16 packed bytes, groups that are whole rows, 64 or a multiple of 128, and
@@ -184,7 +218,7 @@ def decode_tiles(M: int, layers: tuple[LayerShape, ...], K: int, g: int) -> Iter
         tile = _shared_out(
             DecodeTile(
                 TOKENS=tokens,
-                DIGITS=0,
+                DIGITS=1 if activation == "int8" else 0,
                 TILES=1,
                 STAGES=stages,
                 # Several planes of 16 rows take more registers than 16 warps have.

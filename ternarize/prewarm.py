@@ -64,7 +64,7 @@ def plan_call(
         out_features=tuple(layer.out_features for layer in call),
         planes=tuple(layer.config.planes for layer in call),
         group_size=first.group_size,
-        mantissa=any(layer.mantissa is not None for layer in call),
+        mantissas=tuple(None if layer.mantissa is None else layer.mantissa.dtype for layer in call),
     )
     stem = ops.LINEAR_STEM[first.activation]
     choice = choose(stem, "inference", facts, policy)

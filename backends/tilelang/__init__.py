@@ -67,13 +67,17 @@ def verify(stem: str, facts: "Facts") -> tuple[bool, str]:
             f"the activations are {facts.dtype}, need torch.bfloat16 or torch.float16",
         ),
         (len(set(facts.planes)) > 1, f"layers of one call have {' and '.join(map(str, facts.planes))} trit planes"),
+        (
+            len(set(facts.mantissas)) > 1,
+            "layers of one call have E_mantissa of " + " and ".join(map(str, facts.mantissas)),
+        ),
         (K % 64 != 0, f"in_features is {K}, need a multiple of 64: rows of 16 bytes for TMA"),
         (
             not (g % 128 == 0 or (g == K and g > 64) or (g in (32, 64) and K % g == 0)),
             f"group_size is {facts.group_size}, need 32, 64, a multiple of 128 or whole rows",
         ),
         (
-            stem == "linear_int8" and (facts.mantissa or facts.planes != (1,) * len(facts.planes)),
+            stem == "linear_int8" and (any(facts.mantissas) or facts.planes != (1,) * len(facts.planes)),
             "int8 activations need one trit plane, and scales that are powers of two",
         ),
         (

@@ -17,10 +17,8 @@
 // is a register of A: one shift and one AND for two trits. The factor 2 is taken back by the scale, 2^(E - 1). A chunk
 // of two groups of 64 is two words of a lane, one of each group, and b tells the groups apart.
 //
-// Digits. For one to four tokens most columns of B would be empty. There x is split, exactly where no element of its
-// chunk is 2^19 times another, into DIGITS digits of base 128, one column each, and mma.m16n8k32 of int8 takes four
-// trits a register: 64 T, the code in the top two bits of a byte. Activations that are int8 already are one digit, whose
-// scale, one a token, goes onto the finished sum.
+// Activations in int8 take mma.m16n8k32, which has four trits a register: 64 T, the code in the top two bits of a byte.
+// Their scale, one a token, goes onto the finished sum.
 //
 // Work. A thread block cluster owns consecutive row blocks. K is split over its blocks, and within a block over its
 // K_WARPS, each of which keeps its accumulators until its part of K is summed and leaves them in the shared memory of
@@ -94,17 +92,15 @@ struct GroupValues {
 // E_mantissa 16-byte aligned, M from 1 to TOKENS, K a multiple of 64. ``shared``: DecodeTile.shared_bytes
 // (linear_decode.py).
 //
-// Y: __nv_bfloat16 or __half. X: the same, or int8_t. TOKENS: 1, 2, 4, 8 or 16. DIGITS: 1 for int8; else 0, or 2 or 4
-// for groups of 128 and more of one trit plane. TILES: mma tiles of 16 rows in a row block. STAGES, WARPS, K_WARPS,
-// CLUSTER: above. CLUSTERS: how many clusters there are. GROUP: 64, a multiple of 128, or K. PLANES, MANTISSA_BYTES:
-// trit planes and bytes of an E_mantissa, for int8 1 and 0.
-template <typename X, typename Y, int TOKENS, int DIGITS, int TILES, int STAGES, int WARPS, int K_WARPS, int CLUSTER,
-          int CLUSTERS, int K, int GROUP, int PLANES, int MANTISSA_BYTES, bool GUARDED, typename... Layers>
+// Y: __nv_bfloat16 or __half. X: the same, or int8_t. TOKENS: 1, 2, 4, 8 or 16. TILES: mma tiles of 16 rows in a row
+// block. STAGES, WARPS, K_WARPS, CLUSTER: above. CLUSTERS: how many clusters there are. GROUP: 64, a multiple of 128, or
+// K. PLANES, MANTISSA_BYTES: trit planes and bytes of an E_mantissa, for int8 1 and 0.
+template <typename X, typename Y, int TOKENS, int TILES, int STAGES, int WARPS, int K_WARPS, int CLUSTER, int CLUSTERS,
+          int K, int GROUP, int PLANES, int MANTISSA_BYTES, bool GUARDED, typename... Layers>
 __device__ __forceinline__ void linear_decode(const void* x, const void* scale, void* shared, int M, Layers... layers) {
   constexpr int ROWS = 16 * TILES;
-  using Inputs = Activations<X, TOKENS, DIGITS, K, GROUP>;
-  constexpr int COLUMNS = Inputs::COLUMNS;
-  constexpr int COLUMN_TILES = (COLUMNS + 7) / 8;
+  using Inputs = Activations<X, TOKENS, K, GROUP>;
+  constexpr int COLUMN_TILES = (TOKENS + 7) / 8;
   constexpr int ROW_BYTES = K / 4;
   constexpr int STEPS = (ROW_BYTES + LINE_BYTES - 1) / LINE_BYTES;
   constexpr int ROW_WARPS = WARPS / K_WARPS;
@@ -116,10 +112,9 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
   constexpr int E_AT = PLANES * ROWS * LINE_BYTES;
   constexpr int MANTISSA_AT = E_AT + ROWS * Exponents::WORDS * 4;
   constexpr int STAGE_BYTES = MANTISSA_AT + (MANTISSA_BYTES ? ROWS * Mantissas::WORDS * 4 : 0);
-  using Accumulator = std::conditional_t<DIGITS != 0, int, float>;
   constexpr bool INT8 = std::is_same_v<X, int8_t>;
-  static_assert(STEPS >= PARTS && K % 64 == 0 && (DIGITS == 0 || PLANES == 1) && (DIGITS <= 1 || SCALES == 1));
-  static_assert(INT8 == (DIGITS == 1) && (!INT8 || (MANTISSA_BYTES == 0 && K < 1 << 17)));
+  using Accumulator = std::conditional_t<INT8, int, float>;
+  static_assert(STEPS >= PARTS && K % 64 == 0 && (!INT8 || (PLANES == 1 && MANTISSA_BYTES == 0 && K < 1 << 17)));
 
   const Layer all[] = {layers...};
   int row_blocks = 0;
@@ -209,14 +204,12 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
   for (int stage = 0; stage < STAGES; ++stage) copy(stage);
   wait_for_previous_kernel();
 
-  // This block's part of x, its scales if it is several digits, and the parts of the row blocks whose sums it forms:
-  // [row block][part][value][lane].
+  // This block's part of x, and the parts of the row blocks whose sums it forms: [row block][part][value][lane].
   uint8_t* const s_x = static_cast<uint8_t*>(shared) + WARPS * STAGES * STAGE_BYTES;
   constexpr int MOST_CHUNKS = (STEPS + CLUSTER - 1) / CLUSTER * CHUNKS;
-  float* const s_x_scale = reinterpret_cast<float*>(s_x + MOST_CHUNKS * Inputs::CHUNK_BYTES);  // [chunk][token]
-  float* const s_parts = s_x_scale + (DIGITS > 1 ? MOST_CHUNKS * TOKENS : 0);
+  float* const s_parts = reinterpret_cast<float*>(s_x + MOST_CHUNKS * Inputs::CHUNK_BYTES);
   const Inputs inputs{static_cast<const X*>(x), M};
-  inputs.template stage<WARPS * 32>(s_x, s_x_scale, block_step * CHUNKS, block_steps * CHUNKS);
+  inputs.template stage<WARPS * 32>(s_x, block_step * CHUNKS, block_steps * CHUNKS);
   if (CLUSTER > 1) cluster_wait();
   __syncthreads();
 
@@ -263,7 +256,7 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
             const int row = tile * 16 + half * 8 + row_in_tile, n = row_of(here, n0, row);
             const int group = quad_lane * SCALES + s;
             const int E = static_cast<int8_t>(Exponents::read(from + E_AT, row, n, first_step + step, group));
-            scales[tile][half][s] = INT8 ? int8_scale(E) : DIGITS ? exp2_int(E) : half_scale(E);
+            scales[tile][half][s] = INT8 ? int8_scale(E) : half_scale(E);
             if constexpr (MANTISSA_BYTES != 0) {
               const int mantissa = Mantissas::read(from + MANTISSA_AT, row, n, first_step + step, group);
               scales[tile][half][s] *= static_cast<float>(mantissa);
@@ -289,25 +282,25 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
 #pragma unroll
           for (int t = 0; t < COLUMN_TILES; ++t) {
             // Columns of B past the last repeat it; nobody reads their sums.
-            const int column = min(t * 8 + row_in_tile, COLUMNS - 1);
+            const int column = min(t * 8 + row_in_tile, TOKENS - 1);
             x_fragment[t] =
-                *reinterpret_cast<const uint4*>(x_chunk + ((DIGITS ? plane / 2 : plane) * COLUMNS + column) * 64);
+                *reinterpret_cast<const uint4*>(x_chunk + ((INT8 ? plane / 2 : plane) * TOKENS + column) * 64);
           }
 #pragma unroll
-          for (int b = 0; b < (DIGITS ? 1 : 2); ++b)
+          for (int b = 0; b < (INT8 ? 1 : 2); ++b)
 #pragma unroll
             for (int tile = 0; tile < TILES; ++tile) {
               uint32_t a[4];
 #pragma unroll
               for (int r = 0; r < 4; ++r) {
                 // Registers 0 and 1 are of the first column pair, rows r and r + 8; 2 and 3 of the second.
-                const bool second_word = SCALES == 1 ? r / 2 : DIGITS ? plane / 2 : b;
-                const int shift = DIGITS ? 6 - 2 * (SCALES == 1 ? plane : plane % 2 * 2 + r / 2)
-                                         : 14 - 8 * (SCALES == 1 ? b : r / 2) - 2 * plane;
+                const bool second_word = SCALES == 1 ? r / 2 : INT8 ? plane / 2 : b;
+                const int shift = INT8 ? 6 - 2 * (SCALES == 1 ? plane : plane % 2 * 2 + r / 2)
+                                       : 14 - 8 * (SCALES == 1 ? b : r / 2) - 2 * plane;
 #pragma unroll
                 for (int p = 0; p < PLANES; ++p) {
                   const uint2 w = words[p][tile][r % 2][c];
-                  const uint32_t trits = ((second_word ? w.y : w.x) << shift) & (DIGITS ? 0xC0C0C0C0u : 0xC000C000u);
+                  const uint32_t trits = ((second_word ? w.y : w.x) << shift) & (INT8 ? 0xC0C0C0C0u : 0xC000C000u);
                   if (p == 0)
                     a[r] = trits;
                   else if constexpr (PLANES > 1)
@@ -317,20 +310,14 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
 #pragma unroll
               for (int t = 0; t < COLUMN_TILES; ++t) {
                 const uint4 v = x_fragment[t];
-                const bool upper = DIGITS ? plane % 2 : b;
-                Accumulator(&d)[4] = group_sum[SCALES == 1 ? 0 : DIGITS ? plane / 2 : b][tile][t];
-                if constexpr (DIGITS != 0)
+                const bool upper = INT8 ? plane % 2 : b;
+                Accumulator(&d)[4] = group_sum[SCALES == 1 ? 0 : INT8 ? plane / 2 : b][tile][t];
+                if constexpr (INT8)
                   mma(d, a, upper ? v.z : v.x, upper ? v.w : v.y);
                 else
                   mma<X>(d, a, upper ? v.z : v.x, upper ? v.w : v.y);
               }
             }
-        }
-        float x_scale[COLUMN_TILES];
-#pragma unroll
-        for (int t = 0; t < COLUMN_TILES; ++t) {
-          const int m = min((t * 8 + quad_lane * 2) / (DIGITS ? DIGITS : 1), TOKENS - 1);
-          x_scale[t] = DIGITS > 1 ? s_x_scale[chunk * TOKENS + m] : 1.0f;
         }
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile)
@@ -342,10 +329,8 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
 #pragma unroll
               for (int t = 0; t < COLUMN_TILES; ++t)
 #pragma unroll
-                for (int i = half * 2; i < half * 2 + 2; ++i) {
-                  const float value = group_value(group_sum[s][tile][t][i]);
-                  sum[tile][t][i] += group_scale * (DIGITS > 1 ? value * x_scale[t] : value);
-                }
+                for (int i = half * 2; i < half * 2 + 2; ++i)
+                  sum[tile][t][i] += group_scale * group_value(group_sum[s][tile][t][i]);
             }
       }
     }
@@ -373,25 +358,19 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
     Layer here;
     const int n = locate(block * CLUSTER + rank, here) + row;
     if (is_short && n >= here.N) continue;
+    const int value = (row / 16 * COLUMN_TILES + m / 8) * 4 + row / 8 % 2 * 2 + m % 2;
+    const float* const parts = s_parts + (block * PARTS * VALUES + value) * 32 + row % 8 * 4 + m % 8 / 2;
     float sum = 0;
 #pragma unroll
-    for (int digit = 0; digit < (DIGITS ? DIGITS : 1); ++digit) {
-      const int column = m * (DIGITS ? DIGITS : 1) + digit;
-      const int value = (row / 16 * COLUMN_TILES + column / 8) * 4 + row / 8 % 2 * 2 + column % 2;
-      const float* const parts = s_parts + (block * PARTS * VALUES + value) * 32 + row % 8 * 4 + column % 8 / 2;
-      float digit_sum = 0;
-#pragma unroll
-      for (int p = 0; p < PARTS; ++p) digit_sum += parts[p * VALUES * 32];
-      sum += digit_sum * exp2_int(-7 * digit);
-    }
+    for (int p = 0; p < PARTS; ++p) sum += parts[p * VALUES * 32];
     // In float64, which neither 2^INT8_SHIFT nor the scale leads out of range.
     if constexpr (INT8)
       sum = static_cast<float>(static_cast<double>(sum) * (1 << INT8_SHIFT) *
                                load_scale(static_cast<const float*>(scale) + m));
     if (here.bias != nullptr) sum += bias_value(here.bias[n], *here.bias_exponent);
-    const Y value = rounded<Y>(sum);
-    if (GUARDED && !isfinite(static_cast<float>(value))) report_nonfinite(here.status);
-    static_cast<Y*>(here.y)[static_cast<int64_t>(m) * here.N + n] = value;
+    const Y y = rounded<Y>(sum);
+    if (GUARDED && !isfinite(static_cast<float>(y))) report_nonfinite(here.status);
+    static_cast<Y*>(here.y)[static_cast<int64_t>(m) * here.N + n] = y;
   }
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import tilelang.language as T
 
-from ternarize.backends.tilelang.hopper import MULTIPROCESSORS, SHARED_BYTES
+from ternarize.backends.tilelang.hopper import CLUSTERS, SHARED_BYTES
 from ternarize.backends.tilelang.layers import (
     MANTISSA_BYTES,
     Dtype,
@@ -25,8 +25,8 @@ from ternarize.config import Activation
 #: Weights of a row that a warp takes at once: a cache line.
 STEP = 512
 
-#: Most tokens of a call.
-MOST_TOKENS = 16
+#: Most tokens of a call. For more floats wgmma is faster, though it computes 16 tokens at least (docs/benchmarks.md).
+MOST_TOKENS: dict[Activation, int] = {"float": 8, "int8": 16}
 
 SOURCE = "".join(
     Path(__file__).with_name(name).read_text()
@@ -40,8 +40,6 @@ class DecodeTile:
 
     TOKENS: int
     """Tokens a call has at most: 1, 2, 4, 8 or 16."""
-    DIGITS: int
-    """0, or the base-128 digits that x is split into; 1 for x that is int8."""
     TILES: int
     """mma tiles of 16 rows in a row block."""
     STAGES: int
@@ -54,25 +52,21 @@ class DecodeTile:
     """Blocks among which K is split."""
     CLUSTERS: int
     """Clusters, among which the row blocks are shared out: at most as many as there are row blocks."""
-    blocks_per_multiprocessor: int
-    """Blocks that fit a multiprocessor at a time: what bounds the registers of a thread."""
 
     def row_blocks(self, layers: tuple[LayerShape, ...]) -> int:
         """Row blocks; the last of a layer overlaps the one before it if N is no multiple of their size."""
         return sum(-(-layer.N // (16 * self.TILES)) for layer in layers)
 
-    def shared_bytes(self, layers: tuple[LayerShape, ...], K: int, g: int) -> int:
+    def shared_bytes(self, layers: tuple[LayerShape, ...], K: int, g: int, activation: Activation) -> int:
         """Shared memory of a block: the rings, its part of x, and the parts of the sums that it adds up."""
-        columns = self.TOKENS * max(self.DIGITS, 1)
         rows = 16 * self.TILES
         scale_bytes = _ring_bytes(1, K, g) + _ring_bytes(MANTISSA_BYTES[layers[0].mantissa], K, g)
         ring_bytes = self.WARPS * self.STAGES * rows * (layers[0].planes * STEP // 4 + scale_bytes)
-        chunks = -(-_steps(K) // self.CLUSTER) * STEP // 128
-        x_bytes = chunks * 128 * columns * (1 if self.DIGITS else 2)
-        x_scale_bytes = chunks * 4 * self.TOKENS if self.DIGITS > 1 else 0
+        columns = -(-_steps(K) // self.CLUSTER) * STEP
+        x_bytes = columns * self.TOKENS * (1 if activation == "int8" else 2)
         blocks = -(-self.row_blocks(layers) // self.CLUSTERS)
         parts = -(-blocks // self.CLUSTER) * self.CLUSTER * self.K_WARPS
-        return ring_bytes + x_bytes + x_scale_bytes + parts * rows * -(-columns // 8) * 8 * 4
+        return ring_bytes + x_bytes + parts * rows * -(-self.TOKENS // 8) * 8 * 4
 
 
 def _steps(K: int) -> int:
@@ -104,7 +98,7 @@ def decode_function(
     parameters = (
         "int8_t" if activation == "int8" else y_type,
         y_type,
-        *dataclasses.astuple(tile)[:-1],
+        *dataclasses.astuple(tile),
         K,
         g,
         layers[0].planes,
@@ -140,7 +134,7 @@ def decode_program(
         `int8_call_arguments`.
     """
     function = decode_function(layers, K, g, dtype, guarded=guarded, tile=tile, activation=activation)
-    shared_bytes = tile.shared_bytes(layers, K, g)
+    shared_bytes = tile.shared_bytes(layers, K, g, activation)
 
     def arguments() -> tuple[Any, Any, list[LayerBuffers]]:
         if activation == "int8":
@@ -153,7 +147,7 @@ def decode_program(
         x, scale, buffers = arguments()
         with T.Kernel(tile.CLUSTER * tile.CLUSTERS, threads=32 * tile.WARPS, cluster_dims=tile.CLUSTER):
             T.import_source(SOURCE)
-            T.annotate_min_blocks_per_sm(tile.blocks_per_multiprocessor)
+            T.annotate_min_blocks_per_sm(1)
             shared = T.alloc_shared((shared_bytes,), T.uint8)
             T.call_extern(
                 "handle",
@@ -199,26 +193,26 @@ def choose_decode_tile(
 def decode_tiles(
     M: int, layers: tuple[LayerShape, ...], K: int, g: int, activation: Activation = "float"
 ) -> Iterator[DecodeTile]:
-    """The sizes of linear_decode.cuh that fit a call of up to 16 tokens, the preferred ones first.
+    """The sizes of linear_decode.cuh that fit a call of a few tokens, the preferred ones first.
 
     It serves rows that are a multiple of 16 packed bytes, groups that are whole rows, 64 or a multiple of 128, and
     layers that agree in planes and mantissa.
     """
     first = layers[0]
     if (
-        M > MOST_TOKENS
+        MOST_TOKENS[activation] < M
         or K % 64 != 0
         or (g != 64 and g % 128 != 0 and g != K)
         or any((layer.planes, layer.mantissa) != (first.planes, first.mantissa) for layer in layers)
     ):
         return
     tokens = next(tokens for tokens in (1, 2, 4, 8, 16) if tokens >= M)
-    # Copies far ahead before few blocks to share x.
-    for stages, cluster in itertools.product((4, 2, 1), (1, 2, 4, 8)):
+    # Two steps ahead are enough. Splitting K costs an exchange of sums, but many tokens are long to load.
+    clusters = (1, 2, 4, 8) if tokens <= 4 else (2, 1, 4, 8)
+    for stages, cluster in itertools.product((2, 1), clusters):
         tile = _shared_out(
             DecodeTile(
                 TOKENS=tokens,
-                DIGITS=1 if activation == "int8" else 0,
                 TILES=1,
                 STAGES=stages,
                 # Several planes of 16 rows take more registers than 16 warps have.
@@ -226,19 +220,18 @@ def decode_tiles(
                 K_WARPS=1,
                 CLUSTER=cluster,
                 CLUSTERS=1,
-                blocks_per_multiprocessor=1,
             ),
             layers,
             K,
         )
-        if tile is not None and tile.shared_bytes(layers, K, g) <= SHARED_BYTES:
+        if tile is not None and tile.shared_bytes(layers, K, g, activation) <= SHARED_BYTES:
             yield tile
 
 
 def _shared_out(tile: DecodeTile, layers: tuple[LayerShape, ...], K: int) -> DecodeTile | None:
     """The tile with its clusters and K_WARPS: K is split over as many warps as have no row block of their own."""
     row_blocks = tile.row_blocks(layers)
-    clusters = min(row_blocks, tile.blocks_per_multiprocessor * MULTIPROCESSORS // tile.CLUSTER)
+    clusters = min(row_blocks, CLUSTERS[tile.CLUSTER])
     blocks = -(-row_blocks // clusters)
     splits = [k for k in (1, 2, 4, 8, 16) if k <= tile.WARPS and tile.CLUSTER * k <= _steps(K)]
     if not splits:

@@ -1,8 +1,8 @@
 // CUDA C++ for the CPU: clusters of blocks of threads, each thread a coroutine.
 //
 // A thread runs until it waits, and then another that can, in random order, the same at every run. What the hardware does
-// in the background happens as late as it may: when it is waited for, or when no thread can run. If then nothing is left
-// to happen, the kernel hangs, and ``run`` says what its threads wait for.
+// in the background happens late: when it is waited for, or when no thread can run but those of warps that sleep. If then
+// nothing is left to happen, the kernel hangs, and ``run`` says what its threads wait for.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -65,6 +65,7 @@ struct Thread {
   static constexpr size_t STACK_BYTES = 128 * 1024;
 
   Index index, block_index;
+  int warp;  // of its cluster
   Block* block;
   std::function<bool()> ready;  // whether what it waits for has happened
   const char* waits_for = nullptr;
@@ -176,29 +177,42 @@ inline void run_thread() {
   yield();
 }
 
-// Runs the threads of a cluster to their end, or to a failure.
-inline void run_cluster(std::minstd_rand& random) {
-  std::vector<Thread*> running;
+inline void start_threads() {
   for (auto& thread : cluster->threads) {
-    running.push_back(&thread);
     getcontext(&thread.context);
     thread.context.uc_stack = {.ss_sp = thread.stack.get(), .ss_flags = 0, .ss_size = Thread::STACK_BYTES};
     makecontext(&thread.context, run_thread, 0);
   }
-  while (!running.empty()) {
-    std::ranges::shuffle(running, random);
-    bool any = false;
-    for (Thread* const thread : running) {
-      if (thread->ready && !thread->ready()) continue;
-      any = true;
-      thread->ready = nullptr;
-      current = thread;
-      swapcontext(&scheduler, &thread->context);
-      if (!failure.empty()) return;
-    }
-    std::erase_if(running, [](const Thread* thread) { return thread->done; });
-    if (any) continue;
+}
+
+// Runs the threads that can run, of the warps whose bit is not set in ``asleep``. Returns whether there were any.
+inline bool run_some(std::vector<Thread*>& running, uint64_t asleep, std::mt19937_64& random) {
+  std::ranges::shuffle(running, random);
+  bool any = false;
+  for (Thread* const thread : running) {
+    if (asleep >> thread->warp % 64 & 1 || (thread->ready && !thread->ready())) continue;
+    any = true;
+    thread->ready = nullptr;
+    current = thread;
+    swapcontext(&scheduler, &thread->context);
+    if (!failure.empty()) break;
+  }
+  std::erase_if(running, [](const Thread* thread) { return thread->done; });
+  return any;
+}
+
+// Runs the threads of a cluster to their end, or to a failure. Now and then other warps sleep, so that they get apart.
+inline void run_cluster(std::mt19937_64& random) {
+  start_threads();
+  std::vector<Thread*> running;
+  for (auto& thread : cluster->threads) running.push_back(&thread);
+  uint64_t asleep = 0;
+  for (int round = 0; !running.empty() && failure.empty(); ++round) {
+    if (round % 16 == 0) asleep = random();
+    if (run_some(running, asleep, random)) continue;
     auto& arrivals = cluster->arrivals;
+    if ((arrivals.empty() || random() % 2) && run_some(running, 0, random)) continue;
+    if (running.empty()) return;
     if (arrivals.empty()) {
       current = running.front();
       failure = std::to_string(running.size()) + " threads wait for ever, thread " + std::to_string(current->index.x) +
@@ -215,7 +229,7 @@ inline void run_cluster(std::minstd_rand& random) {
 // Runs a kernel, cluster by cluster, and returns what it did wrong, or nullptr.
 template <typename Function>
 const char* run(int clusters, int cluster_size, int threads, size_t shared_bytes, Function function) {
-  std::minstd_rand random;
+  std::mt19937_64 random;
   failure.clear();
   kernel = [&] { function(block().memory); };
   grid = {clusters * cluster_size};
@@ -228,6 +242,7 @@ const char* run(int clusters, int cluster_size, int threads, size_t shared_bytes
         Thread& thread = this_cluster.threads.emplace_back();
         thread.index = {i};
         thread.block_index = {c * cluster_size + rank};
+        thread.warp = (rank * threads + i) / 32;
         thread.block = &block;
         block.threads.push_back(&thread);
       }

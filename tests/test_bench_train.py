@@ -18,7 +18,7 @@ from ternarize.bench.llama import multiplied_weights, trainable_model, with_laye
 from ternarize.bench.process import ContenderError, Process
 from ternarize.bench.timing import MIN_ROUNDS
 from ternarize.bench.train import Plan, measure_training, teraflops
-from ternarize.bench.train_step import Contender, Training, bytes_a_weight
+from ternarize.bench.train_step import Contender, Task, Training, bytes_a_weight
 from ternarize.bench.turns import Result, times_dense
 from ternarize.cli import FAILURE, OK, USAGE, bench_train, main
 from ternarize.config import Kernels, kernels_policy
@@ -42,7 +42,7 @@ measure_locally = functools.partial(measure_training, start=functools.partial(Lo
 def plan(**changes: Any) -> Plan:
     defaults: dict[str, Any] = {
         "config": ONE_LAYER,
-        "contenders": {"dense": (None, "auto"), "ternary auto int8": (INT8, "auto")},
+        "contenders": {"dense": (None, "auto", "step"), "auto int8": (INT8, "auto", "step")},
         "batch": 4,
         "ctx": 32,
         "checkpointing": False,
@@ -100,7 +100,7 @@ def test_the_head_counts_as_work_and_the_embedding_does_not() -> None:
     ("config", "bits"), [(None, 128.0), (INT8, 2 + 16 + 8), (INT4, 2 + 8 + 8)], ids=["dense", "int8", "int4"]
 )
 def test_bytes_of_weights_gradients_and_optimizer_state_are_counted(config: TernaryConfig | None, bits: float) -> None:
-    contenders = {"it": (config, "auto")}
+    contenders = {"it": (config, "auto", "step")}
     training = Training(plan(contenders=contenders).task("it"), ONE_LAYER, compiled=False, autocast=False)
     training.step()
     # Exponents, and for each layer statistics and their sums: 2 and 4 bytes, and 4 bytes of status, 24 of rng.
@@ -123,7 +123,11 @@ def test_all_are_checked_and_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> 
             super().ask(method)
             asked.append(("dense" if self.task.ternary is None else self.task.ternary.accumulator, method))
 
-    contenders = {"dense": (None, "auto"), "ternary auto int8": (INT8, "auto"), "ternary auto int4": (INT4, "auto")}
+    contenders = {
+        "dense": (None, "auto", "step"),
+        "auto int8": (INT8, "auto", "step"),
+        "auto int4": (INT4, "auto", "step"),
+    }
     results = measure_training(plan(contenders=contenders), functools.partial(Logged, Contender))
     assert [(result.contender, result.status, result.reason) for result in results] == [
         (name, "ok", "") for name in contenders
@@ -209,7 +213,7 @@ def test_a_step_that_raises_is_one_result(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_process_tells_what_was_raised_inside_of_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    remote = Process(Contender, plan(contenders={"it": (INT8, "triton")}).task("it"))
+    remote = Process(Contender, plan(contenders={"it": (INT8, "triton", "step")}).task("it"))
     remote.ask("prepare")
     with pytest.raises(ContenderError, match="KernelError: kernels=triton cannot run"):
         remote.answer()
@@ -230,7 +234,7 @@ def test_a_contender_uses_its_kernels_outside_of_graphs_too(
         return torch.tensor(next(losses))
 
     monkeypatch.setattr(Training, "step", step)
-    contender = Contender(plan(contenders={"it": (INT8, kernels)}).task("it"))
+    contender = Contender(plan(contenders={"it": (INT8, kernels, "step")}).task("it"))
     assert contender.prepare().fault == ""
     contender.run()
     assert set(seen) == {(kernels, gate)}
@@ -245,7 +249,7 @@ def test_a_contender_uses_its_kernels_outside_of_graphs_too(
 def test_a_step_compiles_to_one_graph_that_agrees_with_the_reference(
     config: TernaryConfig | None, checkpointing: bool
 ) -> None:
-    contenders = {"it": (config, "auto")}
+    contenders = {"it": (config, "auto", "step")}
     contender = Contender(plan(contenders=contenders, checkpointing=checkpointing).task("it"))
     ready = contender.prepare()
     assert ready.fault == ""
@@ -261,7 +265,7 @@ def test_a_step_compiles_to_one_graph_that_agrees_with_the_reference(
 def test_checkpointing_runs_each_block_again() -> None:
     runs = []
     for checkpointing in (False, True):
-        task = plan(checkpointing=checkpointing).task("ternary auto int8")
+        task = plan(checkpointing=checkpointing).task("auto int8")
         training = Training(task, ONE_LAYER, compiled=False, autocast=False)
         calls: list[nn.Module] = []
         block = training.model.get_submodule("model.layers.0.self_attn.q_proj")
@@ -306,23 +310,44 @@ def test_bench_train_reports_every_contender(tiny: list[str], capsys: pytest.Cap
     report = json.loads(capsys.readouterr().out)
     assert report["command"] == (
         f"ternarize bench train --model {tiny[1]} --layers 1 --batch 4 --ctx 32 --rule factored "
-        "--accumulator int8,int4 --kernels auto,torch --group-size 32 --seconds 0 --device cpu --checkpointing"
+        "--accumulator int8,int4 --apply step --kernels auto,torch --group-size 32 --seconds 0 --device cpu --checkpointing"
     )
     cells = {cell["contender"]: cell for cell in report["cells"]}
     assert list(cells) == [
         "dense",
-        "ternary auto int8",
-        "ternary torch int8",
-        "ternary auto int4",
-        "ternary torch int4",
+        "auto int8",
+        "torch int8",
+        "auto int4",
+        "torch int4",
     ]
-    cell = cells["ternary torch int4"]
+    cell = cells["torch int4"]
     assert cell["tokens_per_second"] == pytest.approx(128e3 / cell["milliseconds"])
     assert cell["times_dense"] == pytest.approx(cells["dense"]["milliseconds"] / cell["milliseconds"])
     assert cell["teraflops_per_second"] == pytest.approx(6e-9 * MULTIPLIED * 128 / cell["milliseconds"])
     assert min(cell[f"{part}_milliseconds"] for part in ("forward", "backward", "update")) > 0
     assert cells["dense"]["bytes_a_weight"] == pytest.approx(16, abs=0.01)
     assert cell["integer_error"] <= cell["allowed_integer_error"]
+
+
+def test_modes_of_the_update_are_contenders_of_their_own(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks: list[Task] = []
+
+    def nobody(plan: Plan) -> list[Result[Any]]:
+        tasks.extend(plan.task(name) for name in plan.contenders)
+        return [Result(contender=name, batch=1, tokens=1) for name in plan.contenders]
+
+    monkeypatch.setattr(bench_train, "measure_training", nobody)
+    more = ["--accumulator", "int4", "--apply", "step,backward", "--kernels", "triton", "--json"]
+    assert main(["bench", "train", *tiny, *more]) == OK
+    names = [cell["contender"] for cell in json.loads(capsys.readouterr().out)["cells"]]
+    assert names == ["dense", "triton int4", "triton int4 backward"]
+    assert [task.apply for task in tasks] == ["step", "step", "backward"]
+    given: list[Any] = []
+    monkeypatch.setattr(train_step, "build_optimizer", lambda model, *_, ternary, **__: given.append(ternary))
+    Training(tasks[2], ONE_LAYER, compiled=False, autocast=False)
+    assert given == [{"lr": 1.4 / 254, "apply": "backward", "skip_nonfinite": True}]
 
 
 def test_bench_train_prints_a_table(
@@ -332,7 +357,7 @@ def test_bench_train_prints_a_table(
     monkeypatch.setattr(bench_train, "measure_training", lambda plan: measure_locally(replace(plan, trace_memory=True)))
     assert main(["bench", "train", *tiny, "--rule", "sign"]) == OK
     out = capsys.readouterr().out
-    for words in ("train, 4 x 32 tokens", "x dense", "B/w", "ternary auto sign", "0 graph breaks", "backward"):
+    for words in ("train, 4 x 32 tokens", "x dense", "B/w", "auto sign", "0 graph breaks", "backward"):
         assert words in out
     assert "…" not in out
     assert "allocations the size of a float matrix: 3 of 96x32 of 4 bytes" in out
@@ -356,6 +381,7 @@ def test_a_wrong_step_fails_the_run(
     [
         (["--ctx", "1,2"], "more than one number"),
         (["--kernels", "cuda"], "'cuda' is not among kernels"),
+        (["--apply", "never"], "'never' is not among modes"),
         (["--accumulator", "int16"], "'int16' is not among accumulators"),
         (["--rule", "sign", "--accumulator", "int4"], "accumulator='int4' is a form of the 'factored' rule"),
         (["--group-size", "3"], "--group-size"),

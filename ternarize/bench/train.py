@@ -24,8 +24,8 @@ class Plan:
 
     config: Config
     """Of the model, as in config.json."""
-    contenders: dict[str, tuple[TernaryConfig | None, Kernels]]
-    """By name: what the linear layers are made of, None for dense, and the kernels of ternary ones."""
+    contenders: dict[str, tuple[TernaryConfig | None, Kernels, str]]
+    """By name: what the linear layers are made of, None for dense; kernels and ``apply`` of ternary ones."""
     batch: int
     ctx: int
     checkpointing: bool
@@ -37,11 +37,12 @@ class Plan:
 
     def task(self, name: str) -> Task:
         """What a contender has to do."""
-        ternary, kernels = self.contenders[name]
+        ternary, kernels, apply = self.contenders[name]
         return Task(
             config=self.config,
             ternary=ternary,
             kernels=kernels,
+            apply=apply,
             batch=self.batch,
             ctx=self.ctx,
             checkpointing=self.checkpointing,

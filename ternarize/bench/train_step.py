@@ -66,6 +66,8 @@ class Task:
     """What its linear layers are made of; None for a dense model, which Inductor compiles."""
     kernels: Kernels
     """Of a ternary model."""
+    apply: str
+    """When a ternary model's integers change: as of `ternarize.TernaryOptimizer`."""
     batch: int
     """Sequences."""
     ctx: int
@@ -143,7 +145,7 @@ class Training:
             model: Any = self.model
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-        self.optimizer: Any = _optimizer(self.model, task.ternary)
+        self.optimizer: Any = _optimizer(self.model, task)
         self._device, self._autocast = task.device, autocast
         generator = torch.Generator(task.device).manual_seed(1)
         shape = (task.batch, task.ctx)
@@ -255,11 +257,12 @@ class Contender:
             self._last_loss = self._training.step(laps)
 
 
-def _optimizer(model: nn.Module, config: TernaryConfig | None) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, task: Task) -> torch.optim.Optimizer:
+    config = task.ternary
     if config is None:
         return torch.optim.AdamW(model.parameters(), lr=FLOAT_LR, fused=True)
     form = "sign" if config.rule == "sign" else config.accumulator
-    update = {"lr": RATE * DEFAULT_LR[form], "skip_nonfinite": True}
+    update = {"lr": RATE * DEFAULT_LR[form], "apply": task.apply, "skip_nonfinite": True}
     return build_optimizer(model, torch.optim.AdamW, lr=FLOAT_LR, fused=True, ternary=update)
 
 

@@ -25,6 +25,9 @@ from ternarize.cli.output import Output
 from ternarize.config import Accumulator, Kernels, Rule, TernaryConfig
 from ternarize.errors import ConfigError
 
+#: Of `ternarize.TernaryOptimizer`.
+APPLY = ("step", "backward", "hooks")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the sub-verb."""
@@ -43,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda text: names_of("accumulators", text, get_args(Accumulator)),
         metavar="NAME,...",
         help="of factored: int8, 18 bits a weight in all, int4, 10 bits (default both)",
+    )
+    parser.add_argument(
+        "--apply",
+        type=lambda text: names_of("modes", text, APPLY),
+        default="step",
+        metavar="NAME,...",
+        help=f"when integers change, as of TernaryOptimizer: {', '.join(APPLY)} (default step)",
     )
     add_kernels_argument(parser)
     add_group_size_argument(parser)
@@ -79,12 +89,13 @@ def _plan(arguments: argparse.Namespace, device: torch.device) -> Plan:
     if arguments.trace_memory and device.type != "cuda":
         raise ConfigError(f"--trace-memory reads the history of a GPU's allocator, and this is {device}: drop it")
     config = model_config(arguments.model)
-    contenders: dict[str, tuple[TernaryConfig | None, Kernels]] = {DENSE: (None, "auto")}
+    contenders: dict[str, tuple[TernaryConfig | None, Kernels, str]] = {DENSE: (None, "auto", "step")}
     for accumulator in _accumulators(arguments):
         ternary = ternary_config(arguments, rule=arguments.rule, accumulator=accumulator)
         form = accumulator if ternary.rule == "factored" else ternary.rule
         for kernels in arguments.kernels:
-            contenders[f"ternary {kernels} {form}"] = (ternary, kernels)
+            for apply in arguments.apply:
+                contenders[f"{kernels} {form}{'' if apply == 'step' else f' {apply}'}"] = (ternary, kernels, apply)
     return Plan(
         config=with_layers(config, arguments.layers or config["num_hidden_layers"]),
         contenders=contenders,
@@ -109,7 +120,8 @@ def _command(arguments: argparse.Namespace, plan: Plan) -> str:
     return (
         f"ternarize bench train --model {arguments.model} --layers {plan.config['num_hidden_layers']} "
         f"--batch {plan.batch} --ctx {plan.ctx} --rule {arguments.rule} "
-        f"--accumulator {','.join(_accumulators(arguments))} --kernels {','.join(arguments.kernels)} "
+        f"--accumulator {','.join(_accumulators(arguments))} --apply {','.join(arguments.apply)} "
+        f"--kernels {','.join(arguments.kernels)} "
         f"--group-size {arguments.group_size} --seconds {plan.seconds:g} --device {plan.device}"
         f"{' --checkpointing' if plan.checkpointing else ''}{' --trace-memory' if plan.trace_memory else ''}"
     )

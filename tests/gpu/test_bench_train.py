@@ -35,6 +35,7 @@ def test_a_training_step_is_right_and_timed_on_the_device(
             config=SMALL,
             ternary=ternary,
             kernels="auto",
+            apply="step",
             batch=2,
             ctx=256,
             checkpointing=checkpointing,

@@ -310,7 +310,8 @@ def test_bench_train_reports_every_contender(tiny: list[str], capsys: pytest.Cap
     report = json.loads(capsys.readouterr().out)
     assert report["command"] == (
         f"ternarize bench train --model {tiny[1]} --layers 1 --batch 4 --ctx 32 --rule factored "
-        "--accumulator int8,int4 --apply step --kernels auto,torch --group-size 32 --seconds 0 --device cpu --checkpointing"
+        "--accumulator int8,int4 --apply step --kernels auto,torch --group-size 32 --seconds 0 --device cpu "
+        "--checkpointing"
     )
     cells = {cell["contender"]: cell for cell in report["cells"]}
     assert list(cells) == [

@@ -1,7 +1,9 @@
 """What kind of ternary layer to make: one frozen record, passed by value, stored in checkpoints."""
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -95,6 +97,28 @@ def kernels_policy(value: str | None = None) -> Kernels:
         if chosen == choice:
             return choice  # type: ignore[no-any-return]  # get_args is untyped
     raise ConfigError(f"{source} is {chosen!r}: use one of auto, tilelang, triton, torch")
+
+
+@contextlib.contextmanager
+def eager_kernels(kernels: Kernels, *, tilelang_training: bool = False) -> Iterator[None]:
+    """Set what the environment says for a while: which kernels run outside of graphs, in the optimizer above all.
+
+    Args:
+        kernels: which to use.
+        tilelang_training: whether TileLang may also be forced in training graphs.
+    """
+    # Both names: if they differ, that is an error.
+    values = dict.fromkeys(("TERNARIZE_BACKEND", "ARB_TERNARY_BACKEND"), str(kernels))
+    if tilelang_training:
+        values |= dict.fromkeys(("TERNARIZE_TILELANG_TRAINING", "ARB_TILELANG_TRAINING"), "1")
+    before = {name: os.environ[name] for name in values if name in os.environ}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def flag(name: str, old_name: str, *, default: bool) -> bool:

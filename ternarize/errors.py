@@ -27,3 +27,13 @@ class KernelError(TernarizeError, RuntimeError):
 
 class NonFiniteError(TernarizeError, ArithmeticError):
     """NaN or Inf where a finite number is needed; integer state was left as it was."""
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What was raised inside torch.compile, which wraps the errors of its backends."""
+    # Dynamo takes a second to import.
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    while isinstance(error, BackendCompilerFailed):
+        error = error.inner_exception
+    return error

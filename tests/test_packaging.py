@@ -1,5 +1,6 @@
 """What a release holds: built as `make dist` builds it, installed into an empty folder and used from elsewhere."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -78,6 +79,19 @@ def test_the_installed_wheel_is_found_by_torch_compile_from_elsewhere(wheel: Pat
         check=False,
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_no_verb_asks_for_the_backend_by_its_name() -> None:
+    # The name is an entry point: a source tree that is not installed, as on a machine without a network, has none.
+    files = list((ROOT / "ternarize").rglob("*.py"))
+    named = [
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value == "ternary"
+    ]
+    assert len(files) > 50
+    assert named == []
 
 
 def test_passes_and_backends_are_tracked_as_links() -> None:

@@ -1,8 +1,8 @@
-"""Models for `ternarize bench decode` and `prefill`: Llamas of known shapes with random weights, made on the device.
+"""Models for `ternarize bench decode`, `prefill` and `train`: Llamas of known shapes with random weights.
 
 Speed does not depend on what the weights are, as long as they are not all alike, so nothing is downloaded or converted.
-A model is built without memory and filled a layer at a time: neither a float copy of a ternary model nor anything in
-the memory of the host is ever made.
+A model is built without memory and filled on its device, one that serves a layer at a time: no float copy of it is ever
+made. One that trains starts from dense weights, as a user's does.
 """
 
 import json
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ternarize.api import freeze
+from ternarize.api import freeze, ternarize
 from ternarize.candidates import find_dense_layers
 from ternarize.checkpoint.transformers_model import empty_model, tie_weights
 from ternarize.config import TernaryConfig
@@ -82,6 +82,19 @@ def model_config(model: str) -> Config:
     return config
 
 
+def with_layers(config: Config, layers: int) -> Config:
+    """A config cut to its first layers."""
+    cut = config | {"num_hidden_layers": layers}
+    # One entry a layer, where there is one.
+    return cut | {"layer_types": cut["layer_types"][:layers]} if cut.get("layer_types") else cut
+
+
+def multiplied_weights(config: Config) -> int:
+    """Weights that each token is multiplied with: those of linear layers and the head, not of the embedding."""
+    layers = find_dense_layers(empty_model(config), include=None, exclude=None, filter_fn=None)
+    return sum(layer.weight.numel() for layer in layers)
+
+
 def layers_that_fit(config: Config, models: Sequence[TernaryConfig | None], dtype: torch.dtype, free_bytes: int) -> int:
     """How many layers of a model, at most its own number, several contenders can hold at the same time.
 
@@ -95,7 +108,7 @@ def layers_that_fit(config: Config, models: Sequence[TernaryConfig | None], dtyp
         ConfigError: if not even one layer fits.
     """
     numbers = [
-        sum(parameter.numel() for parameter in empty_model(config | {"num_hidden_layers": layers}).parameters())
+        sum(parameter.numel() for parameter in empty_model(with_layers(config, layers)).parameters())
         for layers in (1, 2)
     ]
     in_layer, elsewhere = numbers[1] - numbers[0], 2 * numbers[0] - numbers[1]
@@ -138,22 +151,62 @@ def random_model(
                 layer.name = dense.name
                 for name in dense.names:
                     model.set_submodule(name, layer)
+    _fill(model, generator, dtype, gain=GAIN, embedding_std=1.0)
+    return freeze(model.to(device)).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def trainable_model(config: Config, ternary: TernaryConfig | None, *, device: torch.device) -> nn.Module:
+    """A causal language model of transformers at the start of its training, the same each time.
+
+    Args:
+        config: content of config.json.
+        ternary: what its linear layers are made of, from float32 weights that are the dense model's; None for dense.
+        device: of all parameters and buffers.
+
+    Returns:
+        The model in train mode, its float parameters in float32. Matrices keep the size of what they multiply
+        (K^-0.5, as in `ternarize train`), and so does the embedding, which may be the head too.
+
+    Raises:
+        CheckpointError: if transformers is missing or knows no such model.
+        ConversionError: if nothing in it can be made ternary.
+    """
+    model = empty_model(config)
+    _fill(model, torch.Generator(device).manual_seed(0), torch.float32, gain=1.0, embedding_std=None)
+    model.to(device).train()
+    attend_causally(model)
+    return model if ternary is None else ternarize(model, ternary)
+
+
+def _fill(
+    model: nn.Module, generator: torch.Generator, dtype: torch.dtype, *, gain: float, embedding_std: float | None
+) -> None:
+    """Make the parameters that have no memory yet: normal with standard deviation gain · K^-0.5 [N, K], or 1 [N]."""
     for module in list(model.modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
-                values = torch.empty(parameter.shape, dtype=dtype, device=device)
-                setattr(module, name, nn.Parameter(_fill(values, module, generator), requires_grad=False))
+                values = torch.empty(parameter.shape, dtype=dtype, device=generator.device)
+                std = gain * values.shape[-1] ** -0.5
+                if isinstance(module, nn.Embedding) and embedding_std is not None:
+                    std = embedding_std
+                # Vectors are gains of norms, or biases that do no harm.
+                values = values.normal_(std=std, generator=generator) if values.dim() == 2 else values.fill_(1)
+                setattr(module, name, nn.Parameter(values))
     tie_weights(model)
-    return freeze(model.to(device)).eval()
 
 
-def _fill(values: Tensor, module: nn.Module, generator: torch.Generator) -> Tensor:
-    if isinstance(module, nn.Embedding):
-        return values.normal_(generator=generator)
-    # Vectors are gains of norms, or biases that do no harm.
-    if values.dim() != 2:
-        return values.fill_(1)
-    return values.normal_(std=GAIN * values.shape[1] ** -0.5, generator=generator)
+def attend_causally(model: nn.Module) -> None:
+    """Let a model attend without a mask tensor, as it may when all it attends to is what it is given.
+
+    Traced, transformers cannot see that and builds the mask, with which PyTorch has no flash attention.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register("causal_sdpa", sdpa_attention_forward)
+    AttentionMaskInterface.register("causal_sdpa", lambda *_, **__: None)
+    model.set_attn_implementation("causal_sdpa")  # type: ignore[operator]  # a method that transformers adds
 
 
 def _random_layer(

@@ -8,12 +8,12 @@ import contextlib
 import multiprocessing
 import os
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
-from ternarize.bench.step import Contender, Task
+from ternarize.errors import cause_of
 
 #: Where compilers look for their caches.
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TILELANG_CACHE_DIR")
@@ -27,7 +27,7 @@ class Remote(Protocol):
     """A contender somewhere else: questions are asked first and answered later, so that several can work at once."""
 
     def ask(self, method: str) -> None:
-        """Start a method of `Contender`; the first one also makes the contender."""
+        """Start a method of the contender; the first one also makes it."""
 
     def answer(self) -> Any:
         """Wait for what it returns.
@@ -44,16 +44,17 @@ class Process:
     """A `Remote` in a process.
 
     Args:
-        task: of the contender.
+        make: class or function of a module, called in the process with ``task``: makes a `turns.Contender`.
+        task: what it has to do; pickled.
         caches: folder for the caches of all compilers in place of the usual ones.
     """
 
-    def __init__(self, task: Task, caches: Path | None) -> None:
+    def __init__(self, make: Callable[[Any], object], task: object, caches: Path | None = None) -> None:
         # A fork would inherit a CUDA context, which cannot be used.
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         folders = {} if caches is None else {name: str(caches / name.lower()) for name in CACHES}
-        self._process = context.Process(target=_serve, args=(theirs, task, folders))
+        self._process = context.Process(target=_serve, args=(theirs, make, task, folders))
         self._process.start()
         # Else the end of their process would not be the end of the pipe.
         theirs.close()
@@ -81,21 +82,22 @@ class Process:
         self._process.join()
 
 
-def _serve(connection: Connection, task: Task, environment: Mapping[str, str]) -> None:
+def _serve(connection: Connection, make: Callable[[Any], object], task: object, environment: Mapping[str, str]) -> None:
     # Standard output may be kept for a JSON object, and compilers write to it.
     os.dup2(2, 1)
     os.environ.update(environment)
-    contender: Contender | None = None
+    contender: object | None = None
     while True:
         try:
             method = connection.recv()
         except EOFError:
             return
         try:
-            contender = contender or Contender(task)
+            contender = contender or make(task)
             answer = True, getattr(contender, method)()
         except Exception as error:  # whatever a compiler or a kernel raises is the finding
             traceback.print_exc()
-            first, *_ = str(error).strip().splitlines() or [""]
-            answer = False, f"{type(error).__name__}: {first[:200]}"
+            cause = cause_of(error)
+            first, *_ = str(cause).strip().splitlines() or [""]
+            answer = False, f"{type(cause).__name__}: {first[:200]}"
         connection.send(answer)

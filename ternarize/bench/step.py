@@ -7,7 +7,6 @@ a static cache of keys and values.
 
 import contextlib
 import dataclasses
-import os
 import time
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -17,8 +16,10 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from ternarize.backends import ternary
-from ternarize.bench.llama import Config, random_model
-from ternarize.config import Kernels, TernaryConfig
+from ternarize.bench.clocks import Laps, hold_device, host_seconds
+from ternarize.bench.llama import Config, attend_causally, random_model
+from ternarize.bench.turns import Stretch, largest
+from ternarize.config import Kernels, TernaryConfig, eager_kernels
 from ternarize.explain import explain
 
 Work = Literal["decode", "prefill"]
@@ -35,11 +36,6 @@ ERROR_FACTOR = 2.0
 
 #: The largest error that is ever allowed: beyond it the eager model is no measure of what is right either.
 LARGEST_ERROR = 0.1
-
-#: Between the host's time for a stretch of steps and the pause that the device is given to let the host run ahead; and
-#: the clock that the pause is counted by, which is about what data centre GPUs have (H200: 1.98 GHz).
-HEAD_START = 1.5
-CYCLES_PER_SECOND = 2e9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,15 +80,10 @@ class Ready:
     resident_bytes: int
     """Allocated on the device by weights and cache; 0 on a CPU."""
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Stretch:
-    """Time of one step, the mean of a stretch of them."""
-
-    seconds: float
-    """By the host's clock, from the first call to the last token."""
-    device_seconds: float | None
-    """By the device's, with its work waiting in a queue: without the host's part. None on a CPU."""
+    @property
+    def fault(self) -> str:
+        """As of `ternarize.bench.turns.Ready`."""
+        return _fault(self.error, self.allowed_error)
 
 
 class Contender:
@@ -106,7 +97,7 @@ class Contender:
         self._task = task
         self._model = random_model(task.config, task.ternary, dtype=task.dtype, device=task.device)
         if task.work == "prefill":
-            _attend_causally(self._model)
+            attend_causally(self._model)
         generator = torch.Generator(task.device).manual_seed(1)
         checked = CHECKED_STEPS if task.work == "decode" else 1
         length = task.prompt if task.work == "prefill" else 1
@@ -124,7 +115,7 @@ class Contender:
         """Compile the step, call it until it is one CUDA graph, and check what that writes."""
         device = self._task.device
         # Before anything is compiled: parameters lie elsewhere afterwards.
-        with _torch_kernels():
+        with eager_kernels("torch"):
             with _in_float32(self._model, self._task.dtype):
                 cache = self._new_cache(torch.float32)
                 for layer, own in zip(cache.layers, self._cache.layers, strict=True):
@@ -150,7 +141,7 @@ class Contender:
         recorded = "cudagraph_recorded_non_static_inputs" in found and not found["cudagraph_skips"]
         return Ready(
             first_call_seconds=first_call_seconds,
-            error=self.check(),
+            error=self._error(self._compiled),
             allowed_error=self._allowed,
             kernels=explain(self._model).kernels("inference") if self._task.ternary is not None else {},
             cuda_graph=recorded,
@@ -158,9 +149,9 @@ class Contender:
         )
 
     @torch.no_grad()
-    def check(self) -> float:
-        """The error of the compiled step now, relative to float32; `Ready.allowed_error` is the bound."""
-        return self._error(self._compiled)
+    def check(self) -> str:
+        """What is wrong with the compiled step now; empty if nothing is."""
+        return _fault(self._error(self._compiled), self._allowed)
 
     def peak_bytes(self) -> int:
         """The most that was allocated on the device since the step was first compiled; 0 on a CPU."""
@@ -170,28 +161,20 @@ class Contender:
     def run(self) -> Stretch:
         """Time a stretch: the new tokens of every sequence, or one prefill."""
         steps = self._task.new_tokens if self._task.work == "decode" else 1
-        seconds = self._time_on_host(steps)
+        self._rewind(self._cache)
+        seconds = host_seconds(lambda: self._go(steps), self._task.device)
         if self._task.device.type != "cuda":
-            return Stretch(seconds=seconds, device_seconds=None)
-        return Stretch(seconds=seconds, device_seconds=self._time_on_device(steps, HEAD_START * seconds * steps))
+            return Stretch(seconds=seconds / steps, device_seconds=None)
+        return Stretch(seconds=seconds / steps, device_seconds=self._device_seconds(steps, seconds) / steps)
 
-    def _time_on_host(self, steps: int) -> float:
+    def _device_seconds(self, steps: int, head_start: float) -> float:
+        laps = Laps(self._task.device)
         self._rewind(self._cache)
-        _synchronize(self._task.device)
-        start = time.perf_counter()
+        hold_device(head_start, self._task.device)
+        laps.mark()
         self._go(steps)
-        _synchronize(self._task.device)
-        return (time.perf_counter() - start) / steps
-
-    def _time_on_device(self, steps: int, pause_seconds: float) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._rewind(self._cache)
-        torch.cuda._sleep(int(pause_seconds * CYCLES_PER_SECOND))
-        start.record()
-        self._go(steps)
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) * 1e-3 / steps
+        laps.mark()
+        return laps.seconds()[0]
 
     def _go(self, steps: int) -> None:
         tokens = self._inputs[0]
@@ -240,8 +223,7 @@ class Contender:
             float((output.double() - exact.double()).norm() / exact.double().norm())
             for output, exact in zip(outputs, self._exact, strict=True)
         ]
-        # Of a list that holds NaN, max depends on the order.
-        return next((error for error in errors if error != error), max(errors))
+        return largest(errors)
 
 
 def _compile(step: Any, task: Task) -> Any:
@@ -253,31 +235,9 @@ def _compile(step: Any, task: Task) -> Any:
     return torch.compile(step, backend=ternary, fullgraph=True, dynamic=False, options=options)
 
 
-def _attend_causally(model: nn.Module) -> None:
-    """Let a prefill attend without a mask tensor, as it may when the cache is empty and as long as the prompt.
-
-    Traced, transformers cannot see that and builds the mask, with which PyTorch has no flash attention.
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    AttentionInterface.register("causal_sdpa", sdpa_attention_forward)
-    AttentionMaskInterface.register("causal_sdpa", lambda *_, **__: None)
-    model.set_attn_implementation("causal_sdpa")  # type: ignore[operator]  # a method that transformers adds
-
-
-@contextlib.contextmanager
-def _torch_kernels() -> Iterator[None]:
-    """Let ternary layers run in the reference when they are called eagerly."""
-    names = ("TERNARIZE_BACKEND", "ARB_TERNARY_BACKEND")
-    before = {name: os.environ[name] for name in names if name in os.environ}
-    os.environ.update(dict.fromkeys(names, "torch"))
-    try:
-        yield
-    finally:
-        for name in names:
-            del os.environ[name]
-        os.environ.update(before)
+def _fault(error: float, allowed: float) -> str:
+    # Written so that NaN is one.
+    return "" if error <= allowed else f"relative error {error:.1e}, allowed is {allowed:.1e}"
 
 
 @contextlib.contextmanager
@@ -303,8 +263,3 @@ def _in_float32(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated() if device.type == "cuda" else 0
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

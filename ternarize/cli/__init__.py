@@ -12,7 +12,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from ternarize.checkpoint.format import tool_version
 from ternarize.cli.output import Output
-from ternarize.errors import ConfigError, TernarizeError
+from ternarize.errors import ConfigError, TernarizeError, cause_of
 
 VERBS = ("convert", "inspect", "train", "eval", "generate", "bench", "prewarm", "smoke", "doctor")
 
@@ -60,20 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(output, "interrupted", 130)
     except (TernarizeError, OSError, BackendCompilerFailed) as error:
-        cause = _unwrap(error)
+        cause = cause_of(error)
         if not isinstance(cause, (TernarizeError, OSError)):
             raise
         return _fail(output, str(cause), USAGE if isinstance(cause, ConfigError) else FAILURE)
     if arguments.json:
         print(json.dumps(result))
     return FAILURE if result.get("ok") is False else OK
-
-
-def _unwrap(error: BaseException) -> BaseException:
-    """What was raised inside torch.compile, which wraps the errors of its backends."""
-    while isinstance(error, BackendCompilerFailed):
-        error = error.inner_exception
-    return error
 
 
 def _fail(output: Output, message: str, code: int) -> int:

@@ -2,7 +2,6 @@
 
 import argparse
 import datetime
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -14,7 +13,7 @@ from ternarize import ops
 from ternarize.bench.ceilings import Ceilings, measure_ceilings
 from ternarize.bench.linear import Op, Plan, Result, dense_seconds, measure_shape
 from ternarize.bench.roofline import check_picture, draw_roofline
-from ternarize.cli import add_output_arguments, bench_model
+from ternarize.cli import add_output_arguments, bench_model, bench_train
 from ternarize.cli.bench_arguments import (
     DTYPES,
     add_activation_argument,
@@ -23,6 +22,7 @@ from ternarize.cli.bench_arguments import (
     positive_numbers,
     ternary_config,
 )
+from ternarize.cli.bench_rows import finite, number
 from ternarize.cli.machine import describe, versions
 from ternarize.cli.output import Output
 from ternarize.errors import ConfigError
@@ -81,11 +81,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prefill = what.add_parser("prefill", help="whole prompts: a whole ternary model beside a dense one")
     bench_model.add_arguments(prefill, "prefill")
     add_output_arguments(prefill)
+    train = what.add_parser("train", help="training steps: a whole ternary model beside a dense one with AdamW")
+    bench_train.add_arguments(train)
+    add_output_arguments(train)
 
 
 def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
     """Run the sub-verb; its report, and what it was measured on."""
-    device = default_device()
+    device = getattr(arguments, "device", None) or default_device()
     report: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": describe(device),
@@ -112,7 +115,7 @@ def _shapes(text: str) -> tuple[tuple[int, int], ...]:
 def _linear(arguments: argparse.Namespace, output: Output, device: torch.device) -> dict[str, Any]:
     plan = Plan(
         tokens=arguments.tokens,
-        config=ternary_config(arguments),
+        config=ternary_config(arguments, planes=arguments.planes),
         dtype=DTYPES[arguments.dtype],
         kernels=arguments.kernels,
         op=arguments.op,
@@ -185,8 +188,7 @@ def _row(result: Result, cell: list[Result], ceilings: Ceilings) -> dict[str, An
         "contender": result.contender,
         "status": result.status,
         "reason": result.reason,
-        # JSON has neither NaN nor Inf.
-        "relative_error": None if result.error is None or not math.isfinite(result.error) else result.error,
+        "relative_error": finite(result.error),
     }
     if result.seconds is None:
         return row
@@ -211,11 +213,11 @@ def _table(N: int, K: int, measured: list[list[Result]], ceilings: Ceilings) -> 
             table.add_row(
                 str(result.tokens),
                 result.contender,
-                _number(row.get("microseconds"), "{:.1f}") or result.status,
-                _number(row.get("times_dense"), "{:.2f}"),
+                number(row.get("microseconds"), "{:.1f}") or result.status,
+                number(row.get("times_dense"), "{:.2f}"),
                 _rate(row),
-                _number(row.get("percent_of_floor"), "{:.0f}"),
-                _number(result.error, "{:.1e}"),
+                number(row.get("percent_of_floor"), "{:.0f}"),
+                number(result.error, "{:.1e}"),
             )
         table.add_section()
     return table
@@ -239,7 +241,3 @@ def _rate(row: dict[str, Any]) -> str:
     if row["tokens"] < MANY_TOKENS:
         return f"{row['gigabytes_per_second']:.0f} GB/s"
     return f"{row['teraflops_per_second']:.3g} TFLOP/s"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)

@@ -2,11 +2,11 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 
-from ternarize.config import Activation, TernaryConfig
+from ternarize.config import Activation, Kernels, TernaryConfig
 from ternarize.errors import ConfigError, ShapeError
 
 Name = TypeVar("Name", bound=str)
@@ -14,11 +14,27 @@ Name = TypeVar("Name", bound=str)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def add_layer_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the ternary layers are, and the dtype of everything else."""
+def add_group_size_argument(parser: argparse.ArgumentParser) -> None:
+    """Of the ternary layers."""
     parser.add_argument(
         "--group-size", type=int, default=128, help="weights that share an exponent; -1 for whole rows (default 128)"
     )
+
+
+def add_kernels_argument(parser: argparse.ArgumentParser) -> None:
+    """Which ternary contenders there are."""
+    parser.add_argument(
+        "--kernels",
+        type=lambda text: names_of("kernels", text, get_args(Kernels)),
+        default="auto",
+        metavar="NAME,...",
+        help="of ternary contenders: auto, tilelang, triton, torch (default auto)",
+    )
+
+
+def add_layer_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the ternary layers are, and the dtype of everything else."""
+    add_group_size_argument(parser)
     parser.add_argument("--planes", type=int, choices=(1, 2, 3), default=1, help="trit planes (default 1)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of floats (default bfloat16)")
 
@@ -34,14 +50,14 @@ def add_activation_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def ternary_config(arguments: argparse.Namespace) -> TernaryConfig:
-    """The configuration that `add_layer_arguments` describes.
+def ternary_config(arguments: argparse.Namespace, **fields: Any) -> TernaryConfig:
+    """The configuration of ``--group-size`` and other fields.
 
     Raises:
-        ConfigError: for a group size that means nothing.
+        ConfigError: for a group size, or a combination, that means nothing.
     """
     try:
-        return TernaryConfig(planes=arguments.planes, group_size=arguments.group_size)
+        return TernaryConfig(group_size=arguments.group_size, **fields)
     except ShapeError as error:
         # Here a wrong group size is a wrong call.
         raise ConfigError(f"--group-size: {error}") from None
@@ -54,6 +70,14 @@ def positive_numbers(text: str) -> tuple[int, ...]:
         if not part.isdecimal() or not int(part):
             raise argparse.ArgumentTypeError(f"{part!r} is no positive number: write them as in 1,16,256")
     return tuple(int(part) for part in parts)
+
+
+def positive_number(text: str) -> int:
+    """One number of tokens, sequences or layers."""
+    numbers = positive_numbers(text)
+    if len(numbers) != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than one number")
+    return numbers[0]
 
 
 def names_of(what: str, text: str, known: Sequence[Name]) -> tuple[Name, ...]:

@@ -2,24 +2,26 @@
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from rich.table import Table
 
-from ternarize.bench.llama import SHAPES, layers_that_fit, model_config
-from ternarize.bench.model import DENSE, Plan, Result, measure_batch, times_dense
+from ternarize.bench.llama import SHAPES, layers_that_fit, model_config, with_layers
+from ternarize.bench.model import Plan, Result, measure_batch
 from ternarize.bench.step import Work
+from ternarize.bench.turns import DENSE
 from ternarize.cli.bench_arguments import (
     DTYPES,
     add_activation_argument,
+    add_kernels_argument,
     add_layer_arguments,
-    names_of,
+    positive_number,
     positive_numbers,
     ternary_config,
 )
+from ternarize.cli.bench_rows import finite, number, outcome, times
 from ternarize.cli.output import Output
 from ternarize.config import Kernels, TernaryConfig
 from ternarize.errors import ConfigError
@@ -57,13 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser, work: Work) -> None:
         parser.add_argument(
             "--new-tokens", type=positive_number, default=64, metavar="TOKENS", help="steps of a round (default 64)"
         )
-    parser.add_argument(
-        "--kernels",
-        type=lambda text: names_of("kernels", text, get_args(Kernels)),
-        default="auto",
-        metavar="NAME,...",
-        help="of ternary contenders: auto, tilelang, triton, torch (default auto)",
-    )
+    add_kernels_argument(parser)
     add_activation_argument(parser)
     add_layer_arguments(parser)
     parser.add_argument(
@@ -74,14 +70,6 @@ def add_arguments(parser: argparse.ArgumentParser, work: Work) -> None:
         action="store_true",
         help="also time the first call with empty caches of the compilers, and in a new process with full ones",
     )
-
-
-def positive_number(text: str) -> int:
-    """A number of tokens."""
-    numbers = positive_numbers(text)
-    if len(numbers) != 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is more than one number")
-    return numbers[0]
 
 
 def _layers(text: str) -> int | str:
@@ -110,7 +98,7 @@ def _plan(arguments: argparse.Namespace, device: torch.device) -> Plan:
     config, dtype = model_config(arguments.model), DTYPES[arguments.dtype]
     contenders: dict[str, tuple[TernaryConfig | None, Kernels]] = {DENSE: (None, "auto")}
     for activation in arguments.activation:
-        ternary = dataclasses.replace(ternary_config(arguments), activation=activation)
+        ternary = ternary_config(arguments, planes=arguments.planes, activation=activation)
         for kernels in arguments.kernels:
             name = f"ternary {kernels}" if activation == "float" else f"ternary {kernels} {activation}"
             contenders[name] = (ternary, kernels)
@@ -123,7 +111,7 @@ def _plan(arguments: argparse.Namespace, device: torch.device) -> Plan:
         layers = arguments.layers or config["num_hidden_layers"]
     return Plan(
         work=arguments.work,
-        config=config | {"num_hidden_layers": layers},
+        config=with_layers(config, layers),
         contenders=contenders,
         prompt=arguments.prompt,
         new_tokens=arguments.new_tokens,
@@ -147,29 +135,13 @@ def _command(arguments: argparse.Namespace, plan: Plan) -> str:
 
 
 def _row(result: Result, results: list[Result]) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "contender": result.contender,
-        "batch": result.batch,
-        "tokens_per_step": result.tokens,
-        "status": result.status,
-        "reason": result.reason,
-    }
+    row = outcome(result)
     if result.ready is not None:
         facts = dataclasses.asdict(result.ready)
         del facts["first_call_seconds"]
-        # JSON has neither NaN nor Inf.
-        row |= facts | {"error": facts["error"] if math.isfinite(facts["error"]) else None}
-        row |= {"peak_bytes": result.peak_bytes}
+        row |= facts | {"error": finite(facts["error"]), "peak_bytes": result.peak_bytes}
         row |= {"cold_seconds": result.cold_seconds, "prewarmed_seconds": result.prewarmed_seconds}
-    if result.seconds is not None:
-        row |= {
-            "milliseconds": result.seconds * 1e3,
-            "spread": result.spread,
-            "device_milliseconds": None if result.device_seconds is None else result.device_seconds * 1e3,
-            "tokens_per_second": result.tokens / result.seconds,
-            "times_dense": times_dense(result, results),
-        }
-    return row
+    return row | times(result, results)
 
 
 def _table(plan: Plan, batch: int, results: list[Result]) -> Table:
@@ -181,13 +153,13 @@ def _table(plan: Plan, batch: int, results: list[Result]) -> Table:
         row = _row(result, results)
         table.add_row(
             result.contender,
-            _number(row.get("milliseconds"), "{:.3f}") or result.status,
-            _number(row.get("device_milliseconds"), "{:.3f}"),
-            _number(row.get("tokens_per_second"), "{:.0f}"),
-            _number(row.get("times_dense"), "{:.2f}"),
-            _number(row.get("resident_bytes"), "{:.1f}", 1e9),
-            _number(row.get("peak_bytes"), "{:.1f}", 1e9),
-            _number(row.get("error"), "{:.1e}"),
+            number(row.get("milliseconds"), "{:.3f}") or result.status,
+            number(row.get("device_milliseconds"), "{:.3f}"),
+            number(row.get("tokens_per_second"), "{:.0f}"),
+            number(row.get("times_dense"), "{:.2f}"),
+            number(row.get("resident_bytes"), "{:.1f}", 1e9),
+            number(row.get("peak_bytes"), "{:.1f}", 1e9),
+            number(row.get("error"), "{:.1e}"),
         )
     return table
 
@@ -207,7 +179,3 @@ def _lines(results: list[Result]) -> Iterator[str]:
         if result.reason:
             facts.append(f"{result.status}: {result.reason}")
         yield f"{result.contender}: {', '.join(facts)}"
-
-
-def _number(value: float | None, form: str, unit: float = 1.0) -> str:
-    return "" if value is None else form.format(value / unit)

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from ternarize import evaluate
+from ternarize.backends import ternary
 from ternarize.cli.output import Output
 from ternarize.errors import ConfigError
 
@@ -30,7 +31,8 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
     text = evaluate.sample_text() if arguments.text is None else _read(arguments.text)
     model, tokenizer = evaluate.load(arguments.model)
     if arguments.compile:
-        model.compile(backend="ternary")
+        # The function, not its name: that is known of installed packages only.
+        model.compile(backend=ternary)
     result = evaluate.perplexity(model, tokenizer, text, window=arguments.window, max_tokens=arguments.max_tokens)
     table = Table("perplexity", "nats/token", "tokens", "tokens/s", title=f"{arguments.model}")
     table.add_row(

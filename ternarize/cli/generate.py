@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from ternarize.backends import ternary
 from ternarize.cli.output import Output
 from ternarize.evaluate import load
 from ternarize.generate import generate
@@ -32,7 +33,8 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
     """Run the verb."""
     model, tokenizer = load(arguments.model)
     if arguments.compile:
-        model.compile(backend="ternary")
+        # The function, not its name: that is known of installed packages only.
+        model.compile(backend=ternary)
     result = generate(
         model,
         tokenizer,

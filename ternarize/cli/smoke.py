@@ -13,7 +13,7 @@ from ternarize.api import ternarize
 from ternarize.cli.machine import describe, device_argument
 from ternarize.cli.output import Output
 from ternarize.config import Kernels, TernaryConfig
-from ternarize.errors import ConfigError, KernelError
+from ternarize.errors import ConfigError, KernelError, cause_of
 from ternarize.evaluate import default_device
 from ternarize.smoke.measure import FloatState, Measurement, Timing, measure
 from ternarize.smoke.model import VOCABULARY, SmokeModel
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
                 model, tokens, backward=arguments.backward, compiled=arguments.compile, kernels=policy
             )
         except (KernelError, BackendCompilerFailed) as error:
-            cause = error.inner_exception if isinstance(error, BackendCompilerFailed) else error
+            cause = cause_of(error)
             if not arguments.compare or not isinstance(cause, KernelError):
                 raise
             refused[name] = str(cause)

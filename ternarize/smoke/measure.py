@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ternarize.config import Kernels
+from ternarize.backends import ternary
+from ternarize.config import Kernels, eager_kernels, kernels_policy
 from ternarize.explain import explain
 from ternarize.layer import ternary_layers
 from ternarize.optim import build_optimizer
@@ -78,18 +79,20 @@ def measure(
         tokens: its input, there too.
         backward: train; else the forward pass is that of inference.
         compiled: run through torch.compile.
-        kernels: which, in compiled graphs; None: as TERNARIZE_BACKEND says.
+        kernels: which, in graphs and in the optimizer; None: as TERNARIZE_BACKEND says.
 
     Raises:
         KernelError: if the kernels that are asked for cannot run here, wrapped by Dynamo where ``compiled``.
     """
     device, cuda = tokens.device, tokens.is_cuda
+    kernels = kernels_policy(kernels)
     model = copy.deepcopy(model).train(backward)
     optimizer = build_optimizer(model, torch.optim.AdamW, lr=2e-3, ternary={"skip_nonfinite": True})
     run: Callable[[Tensor], Any] = model
     if compiled:
         torch._dynamo.reset()
-        run = torch.compile(model, backend="ternary", options={} if kernels is None else {"kernels": kernels})
+        # The function, not its name: that is known of installed packages only.
+        run = torch.compile(model, backend=ternary, options={"kernels": kernels})
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -100,14 +103,16 @@ def measure(
 
     forwards, updates, losses = [], [], []
     autocast = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
-    for _ in range(1 + WARM_CALLS):
-        with torch.set_grad_enabled(backward), autocast:
-            loss, seconds = _timed(functools.partial(run, tokens), cuda=cuda)
-        forwards.append(seconds)
-        if backward:
-            _, seconds = _timed(functools.partial(update, loss), cuda=cuda)
-            updates.append(seconds)
-        losses.append(loss.detach())
+    # The optimizer's step is in no graph.
+    with eager_kernels(kernels):
+        for _ in range(1 + WARM_CALLS):
+            with torch.set_grad_enabled(backward), autocast:
+                loss, seconds = _timed(functools.partial(run, tokens), cuda=cuda)
+            forwards.append(seconds)
+            if backward:
+                _, seconds = _timed(functools.partial(update, loss), cuda=cuda)
+                updates.append(seconds)
+            losses.append(loss.detach())
     return Measurement(
         kernels=explain(model).kernels("training" if backward else "inference"),
         forward=_timing(forwards),

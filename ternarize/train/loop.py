@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ternarize.backends import ternary
 from ternarize.errors import NonFiniteError
 from ternarize.train.checkpoint import save_checkpoint
 from ternarize.train.data import Tokens, validation_windows, windows
@@ -67,7 +68,8 @@ class Trainer:
         self._validation = validation_windows(tokens.validation, settings.ctx, settings.batch)
         self._next_token_loss: Callable[[nn.Module, Tensor], Tensor] = next_token_loss
         if compiled:
-            backend = "inductor" if settings.ternary is None else "ternary"
+            # The function, not its name: that is known of installed packages only.
+            backend = "inductor" if settings.ternary is None else ternary
             self._next_token_loss = torch.compile(next_token_loss, backend=backend)
 
     @property

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from torch._inductor import config as inductor_config
 
+from ternarize import ternarize
 from ternarize.cli import FAILURE, OK, USAGE, main
 from ternarize.cli import smoke as verb
+from ternarize.smoke.measure import measure
 from ternarize.smoke.model import SmokeModel
 
 EAGER = ["smoke", "--device", "cpu", "--ctx", "8", "--batch", "2", "--no-compile", "--json"]
@@ -99,6 +101,15 @@ def test_a_wrong_call_of_smoke_is_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_kernels_are_those_of_the_optimizer_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    # It would be an error here: Triton needs a GPU, or its interpreter.
+    monkeypatch.setenv("TERNARIZE_BACKEND", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    model = ternarize(SmokeModel(features=64, vq=False, graph=False))
+    tokens = torch.randint(256, (1, 9))
+    assert measure(model, tokens, backward=True, compiled=False, kernels="torch").finite
 
 
 def test_no_token_sees_a_later_one() -> None:

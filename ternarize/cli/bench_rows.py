@@ -1,0 +1,40 @@
+"""Rows of tables and JSON that several kinds of ``ternarize bench`` have."""
+
+import math
+from typing import Any
+
+from ternarize.bench.turns import Result, times_dense
+
+
+def number(value: float | None, form: str, unit: float = 1.0) -> str:
+    """A cell of a table: empty for None."""
+    return "" if value is None else form.format(value / unit)
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has neither NaN nor Inf."""
+    return None if value is None or not math.isfinite(value) else value
+
+
+def outcome(result: Result[Any]) -> dict[str, Any]:
+    """Who, and whether it was right."""
+    return {
+        "contender": result.contender,
+        "batch": result.batch,
+        "tokens_per_step": result.tokens,
+        "status": result.status,
+        "reason": result.reason,
+    }
+
+
+def times(result: Result[Any], results: list[Any]) -> dict[str, Any]:
+    """How long a step took; empty for a result without a time."""
+    if result.seconds is None:
+        return {}
+    return {
+        "milliseconds": result.seconds * 1e3,
+        "spread": result.spread,
+        "device_milliseconds": None if result.device_seconds is None else result.device_seconds * 1e3,
+        "tokens_per_second": result.tokens / result.seconds,
+        "times_dense": times_dense(result, results),
+    }

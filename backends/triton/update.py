@@ -5,6 +5,7 @@
 are launched without fused multiply-add: a floor follows, and a CPU and a GPU have to agree about it.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -137,6 +138,7 @@ def commit_kernel(
     stage: tl.tensor,
     status: tl.tensor,
     refuse: tl.tensor,
+    lr: tl.tensor,
     step: tl.tensor,
     bar: tl.tensor,
     theta: tl.tensor,
@@ -155,13 +157,14 @@ def commit_kernel(
 ) -> None:
     """One tile of a layer: clears its stage and, unless refused, steps its integers.
 
-    ``step`` is what an accumulator loses for a unit of momentum (`factored`) or for a vote (`sign`), and ``bar`` where
-    a trit steps; theta, unit and limit are those of `FORMS`, gain is 1 - MOMENTUM_DECAY.
+    ``step`` times the learning rate is what an accumulator loses for a unit of momentum (`factored`) or for a vote
+    (`sign`), and ``bar`` where a trit steps; theta, unit and limit are those of `FORMS`, gain is 1 - MOMENTUM_DECAY.
     """
     n = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     _, byte, byte_inside, k, k_inside = columns(tl.program_id(0) % tiles, K, group_size, chunks, BLOCK_C)
     inside = (n < N)[:, None] & k_inside[None, :]
     place = n.to(tl.int64)[:, None] * K + k[None, :]
+    step *= tl.load(lr)
     staged = tl.load(stage + place, mask=inside, other=0).to(tl.float32)
     tl.store(stage + place, tl.zeros((BLOCK_N, 4 * BLOCK_C), tl.int8), mask=inside)
     count = tl.load(status + 1)
@@ -282,7 +285,7 @@ def update_commit(
     stage_col: Tensor | None,
     status: Tensor,
     refuse: Tensor,
-    lr: float,
+    lr: Tensor,
     threshold: int,
     exponent_threshold: int,
     group_size: int,
@@ -292,9 +295,9 @@ def update_commit(
     N, K = T_accum.shape
     size, chunks, tiles, BLOCK_C = tiling(K, group_size)
     theta, unit, limit = reference.FORMS["int4" if T_momentum is None else "int8"]
-    step, bar = lr, threshold
+    step, bar = 1.0, threshold
     if rule == "factored":
-        step, bar = lr * 2 * theta / unit, theta + (T_momentum is None)
+        step, bar = 2 * theta / unit, theta + (T_momentum is None)
     with torch.cuda.device_of(T_packed):
         # 1024 weights a tile: the random numbers take registers, and with fewer bytes than threads, threads that hold
         # copies could read a byte that another has already stepped.
@@ -307,6 +310,7 @@ def update_commit(
             stage,
             status,
             refuse,
+            lr,
             step,
             bar,
             theta,
@@ -329,3 +333,6 @@ def update_commit(
     reference.commit_groups_and_vectors(
         E, E_accum, row_log2, col_log2, stage_E, stage_row, stage_col, status, active, exponent_threshold
     )
+
+
+update_apply = functools.partial(reference.update_apply, halves=(update_stage, update_commit))

@@ -28,6 +28,7 @@ _STATE = {
     "stage_col": "*fp32",
     "status": "*i32",
     "refuse": "*i32",
+    "lr": "*fp32",
     "T_accum": "*i8",
     "T_momentum": "*i8",
 }

@@ -75,7 +75,8 @@ def commit_arguments(layer: TernaryLinear, refuse: int, lr: float) -> tuple[obje
     state = (layer.T_packed, layer.E, layer.T_accum, layer.T_momentum, layer.E_accum, layer.row_log2, layer.col_log2)
     staged = (layer.rng, layer.stage, layer.stage_E, layer.stage_row, layer.stage_col, layer.status)
     refused = torch.tensor([refuse], dtype=torch.int32, device=layer.E.device)
-    return (*state, *staged, refused, lr, 100, 2, layer.group_size, layer.rule)
+    rate = torch.full((1,), lr, device=layer.E.device)
+    return (*state, *staged, refused, rate, 100, 2, layer.group_size, layer.rule)
 
 
 def commit(backend: str, layer: TernaryLinear, *, refuse: int = 0, lr: float = 0.3) -> None:

@@ -12,16 +12,15 @@ micro-batch, and save a quarter of the bytes; they are not used, because packing
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ternarize.errors import ConfigError
-
-if TYPE_CHECKING:
-    from ternarize.layer import TernaryLinear
+from ternarize.layer import TernaryLinear, ternary_layers
 
 #: Bytes of one exchange. Two are under way, each sent from one buffer and received into another: 32 MiB together.
 PIECE = 8 * 2**20
@@ -31,6 +30,16 @@ RANK_SHIFT = 16
 
 #: Of `Replicas.union`: as many as `ternarize.backends.torch.update` has.
 _BITS = (1, 2, 4)
+
+
+def keep_out_of_ddp(model: nn.Module) -> None:
+    """Have DistributedDataParallel, when it wraps ``model``, leave ternary layers alone.
+
+    It would broadcast what it wraps, and neither gloo nor NCCL knows int16. `Replicas.broadcast` does it instead.
+    """
+    names = {f"{name}.{part}" for name, layer in ternary_layers(model) for part, _ in layer.named_parameters()}
+    ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *(name.lstrip(".") for name in names)}
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)  # type: ignore[no-untyped-call]  # of torch
 
 
 class Replicas:
@@ -85,7 +94,7 @@ class Replicas:
             return rng
         return torch.stack([rng[0], rng[1] % 2**RANK_SHIFT, rng[2]])
 
-    def summed(self, layers: Iterable["TernaryLinear"]) -> Iterator["TernaryLinear"]:
+    def summed(self, layers: Iterable[TernaryLinear]) -> Iterator[TernaryLinear]:
         """Layers, each when its stage, statistics and count of micro-batches are the sums of those of all ranks.
 
         While a layer is used, the stages of the next ones are on the wire.
@@ -104,7 +113,7 @@ class Replicas:
                 yield from earlier.finish()
 
 
-def _pieces(layers: Iterable["TernaryLinear"]) -> Iterator[tuple[list[Tensor], list["TernaryLinear"]]]:
+def _pieces(layers: Iterable[TernaryLinear]) -> Iterator[tuple[list[Tensor], list[TernaryLinear]]]:
     """Stages cut into pieces of up to `PIECE` bytes, each with the layers whose last byte it holds."""
     views: list[Tensor] = []
     complete: list[TernaryLinear] = []
@@ -126,7 +135,7 @@ def _pieces(layers: Iterable["TernaryLinear"]) -> Iterator[tuple[list[Tensor], l
 class _Exchange:
     """One piece on its way: sent when made, added up when finished."""
 
-    def __init__(self, group: Any, size: int, views: list[Tensor], complete: list["TernaryLinear"]) -> None:
+    def __init__(self, group: Any, size: int, views: list[Tensor], complete: list[TernaryLinear]) -> None:
         self._group, self._size, self._views, self._complete = group, size, views, complete
         self._vectors = [
             vector
@@ -144,7 +153,7 @@ class _Exchange:
             self._sums = torch.cat([vector.to(torch.float32) for vector in self._vectors])
             self._works.append(dist.all_reduce(self._sums, group=group, async_op=True))
 
-    def finish(self) -> Iterator["TernaryLinear"]:
+    def finish(self) -> Iterator[TernaryLinear]:
         """The layers that are complete with this piece."""
         for work in self._works:
             work.wait()

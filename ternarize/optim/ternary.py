@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ternarize.backends.torch.update import NONFINITE_GRADIENT, NONFINITE_LOSS, NONFINITE_OUTPUT
-from ternarize.distributed import Replicas
+from ternarize.distributed import Replicas, keep_out_of_ddp
 from ternarize.errors import CheckpointError, ConfigError, NonFiniteError
 from ternarize.layer import STAGE, Apply, TernaryLinear, ternary_layers
 from ternarize.optim import hooked
@@ -34,6 +34,7 @@ def _trainable_layers(modules: nn.Module | Iterable[nn.Module]) -> Iterator[Tern
                 f"a ternary optimizer got a {type(module).__name__}: it needs modules, because an update takes more "
                 "than a layer's parameters; pass the model or its TernaryLinear layers"
             )
+        keep_out_of_ddp(module)
         for name, layer in ternary_layers(module):
             layer.name = layer.name or name
             if layer.trainable or layer is module:

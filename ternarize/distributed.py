@@ -11,7 +11,7 @@ micro-batch, and save a quarter of the bytes; they are not used, because packing
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +75,25 @@ class Replicas:
             for tensor in tensors:
                 # As bytes: gloo knows no int16.
                 dist.broadcast(tensor.detach().view(torch.uint8), group=self._group, group_src=0)
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Make floating-point tensors of one dtype and device the means of those of all ranks."""
+        if self.size > 1 and tensors:
+            flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+            dist.all_reduce(flat, group=self._group)
+            for tensor, mean in zip(tensors, (flat / self.size).split([t.numel() for t in tensors]), strict=True):
+                tensor.copy_(mean.view_as(tensor))
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether a flag is set on any rank; every rank waits for all others here.
+
+        Args:
+            flag: of this rank.
+            device: that the group's backend works on.
+        """
+        if self.size == 1:
+            return flag
+        return bool(self.union(torch.full((1,), int(flag), dtype=torch.int32, device=device)))
 
     def union(self, bits: Tensor) -> Tensor:
         """The bits that are set on any rank, of an int32 tensor of them."""

@@ -232,7 +232,7 @@ def test_inside_backward_a_bad_gradient_refuses_its_own_layer(value: float) -> N
     step_twice(model, optimizer)
     before = snapshot(model)
     model(batch(2), value).backward()
-    with pytest.raises(NonFiniteError, match="in these layers, .*: gradient of layer 'left', gradient of 'gain' not"):
+    with pytest.raises(NonFiniteError, match="gradient of layer 'left', gradient of 'gain' not"):
         optimizer.step()
     assert {name.split(".")[0] for name in changed(model, before)} == {"right"}
     # Until the step told of it, that layer stood still; now it goes on.

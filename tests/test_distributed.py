@@ -1,19 +1,19 @@
 """Data parallel training by two processes over gloo: equal to each other, and to what the documentation says."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing
-from torch import Tensor
 
 from ternarize import TernaryOptimizer
 from ternarize.distributed import RANK_SHIFT
 from ternarize.layer import STAGE, TernaryLinear
 from tests.distributed_kit import OPTIONS, RANKS, SCENARIOS, STEPS, batch, loss_of, make_model, run_rank
-from tests.optim_kit import FORMS, every_form
+from tests.optim_kit import every_form
+
+STEPPED = [name for name in SCENARIOS if name.startswith(("steps", "accumulated", "hooks"))]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def layers_of(model: torch.nn.Module) -> list[TernaryLinear]:
     return [layer for layer in model.modules() if isinstance(layer, TernaryLinear)]
 
 
-@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name.split()[0] in ("steps", "accumulated", "hooks")])
+@pytest.mark.parametrize("scenario", STEPPED)
 def test_replicas_stay_equal_bit_for_bit(ranks: list[dict[str, Any]], scenario: str) -> None:
     first, second = (rank[scenario] for rank in ranks)
     same(first, second)

@@ -181,10 +181,8 @@ def update_apply(
 ) -> None:
     """Stage and commit the gradients of some layers that share x, with a stage that lives no longer than its layer.
 
-    A layer whose ``refuse`` or whose own status is set changes nothing, and its status stays set.
-
-    Args:
-        halves: `update_stage` and `update_commit` of the backend.
+    A layer whose ``refuse`` or whose own status is set changes nothing, and its status stays set. A backend gives its
+    own ``halves``, `update_stage` and `update_commit`; for the rest see `ternarize.ops`.
     """
     stage_half, commit_half = halves
     for i, gradient in enumerate(grad_y):
@@ -244,7 +242,13 @@ def commit_groups_and_vectors(
 
 
 def factored_rule(
-    T: Tensor, T_accum: Tensor, T_momentum: Tensor | None, u: Tensor, lr: Tensor, for_momentum: Tensor, for_accum: Tensor
+    T: Tensor,
+    T_accum: Tensor,
+    T_momentum: Tensor | None,
+    u: Tensor,
+    lr: Tensor,
+    for_momentum: Tensor,
+    for_accum: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One step of `factored` for a strip.
 

@@ -204,7 +204,7 @@ class TernaryOptimizer(torch.optim.Optimizer):
             )
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002  # of the base class
         """Drop every gradient: what is staged, kept or flagged. ``set_to_none`` is for the float optimizer, if any."""
         for layer in self._layers.values():
             layer.release_hooks()

@@ -39,7 +39,7 @@ def keep_out_of_ddp(model: nn.Module) -> None:
     """
     names = {f"{name}.{part}" for name, layer in ternary_layers(model) for part, _ in layer.named_parameters()}
     ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *(name.lstrip(".") for name in names)}
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)  # type: ignore[no-untyped-call]  # of torch
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
 
 
 class Replicas:

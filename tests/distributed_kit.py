@@ -9,11 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ternarize import TernaryOptimizer, build_optimizer, distributed, ternarize
 from ternarize.distributed import Replicas
-from ternarize.errors import NonFiniteError
+from ternarize.errors import ConfigError, NonFiniteError
 from ternarize.layer import Apply
 from tests.optim_kit import FORMS, make_layer
 
@@ -131,6 +133,46 @@ def beside_ddp(rank: int, *, optimizer_first: bool) -> Any:
     return start, state(model)
 
 
+def under_fsdp(rank: int) -> Any:
+    """Float parameters are sharded, ternary layers are left whole."""
+    torch.manual_seed(0)
+    model = Mixed(make_layer(16, 16))
+    fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)), ignored_params=set(model.layer.parameters()))
+    optimizer = build_optimizer(model, lr=1e-2, ternary=OPTIONS)
+
+
+    def whole() -> list[Tensor]:
+        weights: list[Any] = [model.embed.weight, model.norm.weight]
+        return [weight.full_tensor().detach().clone() for weight in weights]
+
+    start = whole()
+    for step in range(STEPS):
+        loss_of(model, batch(step, rank)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    floats, before = whole(), state(model.layer)
+    try:
+        (loss_of(model, batch(0, rank)) * (torch.nan if rank else 1.0)).backward()
+        optimizer.step()
+    except NonFiniteError as error:
+        return start, floats, before, state(model.layer), str(error)
+    return start, floats, before, state(model.layer), ""
+
+
+def sharded_by_fsdp(rank: int) -> str:
+    model = Mixed(make_layer(16, 16))
+    fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
+    return refusal_of(lambda: build_optimizer(model))
+
+
+def refusal_of(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 def scaled(rank: int) -> Any:
     """Only the ternary gradient of rank 1 overflows."""
     model = make_model()
@@ -171,19 +213,7 @@ def in_a_group_of_its_own(rank: int) -> Any:
     optimizer = TernaryOptimizer(model, process_group=groups[rank], **OPTIONS)
     loss_of(model, batch(0, rank)).backward()
     optimizer.step()
-    try:
-        TernaryOptimizer(model, process_group=groups[1 - rank])
-    except Exception as error:  # what it is, is the test's matter
-        return state(model), repr(error)
-    return state(model), ""
-
-
-def refuses_updates_inside_backward(rank: int) -> Any:
-    try:
-        TernaryOptimizer(make_model(), apply="backward")
-    except Exception as error:  # what it is, is the test's matter
-        return repr(error)
-    return ""
+    return state(model), refusal_of(lambda: TernaryOptimizer(model, process_group=groups[1 - rank]))
 
 
 SCENARIOS: dict[str, Callable[[int], Any]] = {
@@ -195,10 +225,12 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
     "skipped": skipped_on_one_rank,
     "ddp": functools.partial(beside_ddp, optimizer_first=False),
     "optimizer, ddp": functools.partial(beside_ddp, optimizer_first=True),
+    "fsdp": under_fsdp,
     "scaled": scaled,
     "sums": saturated_sums,
     "group": in_a_group_of_its_own,
-    "backward": refuses_updates_inside_backward,
+    "sharded": sharded_by_fsdp,
+    "backward": lambda rank: refusal_of(lambda: TernaryOptimizer(make_model(), apply="backward")),
 }
 
 

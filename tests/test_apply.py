@@ -214,7 +214,8 @@ class Branches(nn.Module):
         self.gain = nn.Parameter(torch.ones(8))
 
     def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
-        return (self.left(x) * self.gain).square().sum() * factor + self.right(x).square().sum()
+        loss: Tensor = (self.left(x) * self.gain).square().sum() * factor + self.right(x).square().sum()
+        return loss
 
 
 def step_twice(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -19,7 +19,7 @@ STEPPED = [name for name in SCENARIOS if name.startswith(("steps", "accumulated"
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run_rank, (str(folder),), nprocs=RANKS)  # type: ignore[no-untyped-call]  # of torch
+    torch.multiprocessing.spawn(run_rank, (str(folder),), nprocs=RANKS)  # type: ignore[attr-defined, no-untyped-call]  # of torch
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
@@ -106,6 +106,15 @@ def test_float_parameters_under_ddp_and_accumulation_without_synchronisation(
     assert {"embed.weight", "layer.T_packed", "layer.T_accum", "layer.row_log2", "norm.weight"} <= moved
 
 
+def test_float_parameters_sharded_by_fsdp_beside_whole_ternary_layers(ranks: list[dict[str, Any]]) -> None:
+    for start, whole, before, after, message in (rank["fsdp"] for rank in ranks):
+        assert all(not torch.equal(a, b) for a, b in zip(start, whole, strict=True))
+        same(after, before)
+        assert "gradient of layer 'layer'" in message
+    for part in range(1, 4):
+        same(ranks[0]["fsdp"][part], ranks[1]["fsdp"][part])
+
+
 def test_a_ternary_overflow_on_one_rank_lowers_every_scale(ranks: list[dict[str, Any]]) -> None:
     for before, scales, after in (rank["scaled"] for rank in ranks):
         assert scales == [2.0, 2.0]
@@ -140,3 +149,8 @@ def test_a_group_says_whose_gradients_are_summed(ranks: list[dict[str, Any]]) ->
 def test_updates_inside_backward_are_for_one_process(ranks: list[dict[str, Any]]) -> None:
     for results in ranks:
         assert 'use "step" with several' in results["backward"]
+
+
+def test_layers_that_fsdp_has_sharded_are_refused(ranks: list[dict[str, Any]]) -> None:
+    for results in ranks:
+        assert "parameters of layer 'layer' are sharded" in results["sharded"]

@@ -21,9 +21,7 @@ def choose_tile(M: int, N: int, K: int, g: int) -> Int8Tile | Int8DecodeTile:
 
 
 @functools.cache
-def _compiled(
-    N: int, K: int, g: int, dtype: Dtype, has_bias: bool, tile: Int8Tile | Int8DecodeTile
-) -> Callable[..., None]:
+def _compiled(N: int, K: int, g: int, dtype: Dtype, has_bias: bool, tile: Int8Tile | Int8DecodeTile) -> Callable[..., None]:
     """The kernel for one layer shape, built once a process; TileLang keeps compiled kernels on disk between them."""
     if isinstance(tile, Int8DecodeTile):
         program = int8_decode_program(N, K, dtype, has_bias=has_bias, tile=tile)

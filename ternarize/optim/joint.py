@@ -44,8 +44,10 @@ class JointOptimizer(TernaryOptimizer):
     def _float_gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
         for group in self._float.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    yield parameter, parameter.grad._values() if parameter.grad.is_sparse else parameter.grad
+                # Of a DTensor, which takes its time to import, this rank's shard: the others look at theirs.
+                gradient = getattr(parameter.grad, "to_local", lambda grad=parameter.grad: grad)()
+                if gradient is not None:
+                    yield parameter, gradient._values() if gradient.is_sparse else gradient
 
     def _findings(self, loss: Tensor | float | None) -> Tensor:
         findings = super()._findings(loss)
@@ -56,7 +58,9 @@ class JointOptimizer(TernaryOptimizer):
 
     def _describe(self, findings: list[int]) -> list[str]:
         broken = [p for p, gradient in self._float_gradients() if not torch.isfinite(gradient).all()]
-        return super()._describe(findings) + [f"gradient of {self._names.get(p, 'a parameter')!r}" for p in broken]
+        phrases = super()._describe(findings)
+        phrases += [f"gradient of {self._names.get(p, 'a parameter')!r}" for p in broken]
+        return phrases or ["gradient of a float parameter on another rank"]
 
     def _apply(self, refuse: Tensor) -> None:
         super()._apply(refuse)
@@ -76,12 +80,11 @@ def build_optimizer(
     *,
     ternary: dict[str, Any] | None = None,
     **float_arguments: Any,
-) -> torch.optim.Optimizer:
+) -> TernaryOptimizer:
     """One optimizer for a model with ternary layers: for its float parameters and its trits.
 
-    Schedulers, `torch.amp.GradScaler`, gradient clipping and `state_dict` act on it as on any optimizer; a GradScaler
-    needs a float parameter, in whose gradients it looks for overflow. The schedulers that fit are those that multiply
-    each group's own learning rate, such as LambdaLR and CosineAnnealingLR.
+    Schedulers, `torch.amp.GradScaler`, gradient clipping and `state_dict` act on it as on any optimizer. The schedulers
+    that fit are those that multiply each group's own learning rate, such as LambdaLR and CosineAnnealingLR.
 
     Args:
         model: with at least one trainable ternary layer.

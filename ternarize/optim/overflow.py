@@ -20,7 +20,7 @@ class Overflow(Tensor):
     owner: "TernaryOptimizer"
 
     # Operators give plain tensors.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch's subclasses do
 
     @staticmethod
     def __new__(cls) -> "Overflow":
@@ -28,7 +28,7 @@ class Overflow(Tensor):
         return torch.Tensor._make_subclass(cls, torch.empty(0))
 
     @property
-    def grad(self) -> Tensor:  # type: ignore[override]  # computed, not stored
+    def grad(self) -> Tensor:
         """float32 [1]."""
         return self.owner.overflow()
 

@@ -37,6 +37,11 @@ def _trainable_layers(modules: nn.Module | Iterable[nn.Module]) -> Iterator[Tern
         keep_out_of_ddp(module)
         for name, layer in ternary_layers(module):
             layer.name = layer.name or name
+            if hasattr(layer.T_packed, "to_local"):
+                raise ConfigError(
+                    f"the parameters of layer {layer.name!r} are sharded, and an update takes whole layers: give "
+                    "fully_shard(..., ignored_params=set(layer.parameters())) for every ternary layer"
+                )
             if layer.trainable or layer is module:
                 yield layer
 

@@ -20,7 +20,7 @@ from tests.train.ranks import RANKS, STOPPED, run_rank
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("ranks")
     (path / "text.txt").write_text("".join(f"{i} and {i} are {2 * i}.\n" for i in range(100)), encoding="utf-8")
-    torch.multiprocessing.spawn(run_rank, (str(path),), nprocs=RANKS)  # type: ignore[no-untyped-call]  # of torch
+    torch.multiprocessing.spawn(run_rank, (str(path),), nprocs=RANKS)  # type: ignore[attr-defined, no-untyped-call]  # of torch
     return path
 
 

@@ -224,6 +224,29 @@ def test_a_layer_without_gradient_stays_as_it_is(form: str) -> None:
     assert "T_accum" in changed(used, before_used)
 
 
+@every_form
+def test_frozen_layers_among_others_stay_as_they_are_and_pass_the_gradient_on(form: str) -> None:
+    model = nn.Sequential(make_layer(16, 16, form), make_layer(16, 16, form), make_layer(16, 16, form))
+    frozen, first = model[1], model[0]
+    assert isinstance(frozen, TernaryLinear)
+    frozen.freeze()
+    before, twin = snapshot(model), copy.deepcopy(model)
+    optimizer, twins = TernaryOptimizer(model), TernaryOptimizer(twin)
+    for seed in range(3):
+        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(seed))
+        model(x).square().sum().backward()
+        optimizer.step()
+        # The same, with a dense matrix in the frozen layer's place.
+        y = twin[2](twin[0](x) @ frozen.weight.t())
+        y.square().sum().backward()
+        twins.step()
+    moved = changed(model, before)
+    assert not any(name.startswith("1.") for name in moved)
+    assert {"0.T_accum", "2.T_accum"} <= set(moved)
+    assert isinstance(first, TernaryLinear)
+    assert changed(first, twin[0].state_dict()) == []
+
+
 def test_zero_grad_drops_what_backward_staged() -> None:
     layer = make_layer(16, 8)
     optimizer = TernaryOptimizer(layer)

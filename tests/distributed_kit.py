@@ -1,6 +1,7 @@
 """What two ranks do in the tests of data parallel training: one process each, over gloo, all scenarios in turn."""
 
 import copy
+import datetime
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,9 @@ from ternarize.layer import Apply
 from tests.optim_kit import FORMS, make_layer
 
 RANKS = 2
+
+#: Ranks that do not agree about what comes next would wait for each other.
+LIMIT = datetime.timedelta(seconds=60)
 STEPS = 4
 
 #: Every step moves trits.
@@ -140,7 +144,6 @@ def under_fsdp(rank: int) -> Any:
     fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)), ignored_params=set(model.layer.parameters()))
     optimizer = build_optimizer(model, lr=1e-2, ternary=OPTIONS)
 
-
     def whole() -> list[Tensor]:
         weights: list[Any] = [model.embed.weight, model.norm.weight]
         return [weight.full_tensor().detach().clone() for weight in weights]
@@ -237,7 +240,7 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
 def run_rank(rank: int, folder: str) -> None:
     """All scenarios, as one of the ranks; what they return goes to a file."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=LIMIT)
     results = {name: scenario(rank) for name, scenario in SCENARIOS.items()}
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The three modes of an update in compiled graphs on a GPU: equal to eager, as CUDA graphs too, and what they allocate."""
+"""The three modes of an update in compiled graphs on a GPU: equal to eager, and what they allocate."""
 
 import copy
 from collections.abc import Iterator

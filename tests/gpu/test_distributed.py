@@ -12,7 +12,7 @@ import torch.multiprocessing
 from ternarize import TernaryOptimizer
 from ternarize.errors import NonFiniteError
 from ternarize.layer import Apply
-from tests.distributed_kit import OPTIONS, RANKS, STEPS, batch, loss_of, make_model
+from tests.distributed_kit import LIMIT, OPTIONS, RANKS, STEPS, batch, loss_of, make_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,7 +24,7 @@ MODES = [mode for mode in get_args(Apply) if mode != "backward"]
 
 def run_rank(rank: int, folder: str) -> None:
     torch.cuda.set_device(rank)
-    dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=LIMIT)
     results: dict[str, Any] = {}
     for mode in MODES:
         model = make_model().cuda()

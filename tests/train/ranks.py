@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from ternarize.errors import ConfigError
 from ternarize.train.loop import StepRecord
+from tests.distributed_kit import LIMIT
 from tests.train.kit import SETTINGS, VARIANTS, Tiny
 
 RANKS = 2
@@ -27,7 +28,7 @@ def run_rank(rank: int, folder: str) -> None:
     """A run that is stopped and resumed, one that is not, and dense steps; states and losses go to a file."""
     torch.set_num_threads(1)
     path = Path(folder)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=LIMIT)
     tiny = Tiny(path / "text.txt", path)
     results: dict[str, Any] = {}
     whole = tiny.start(SETTINGS, "whole")

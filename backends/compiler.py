@@ -98,12 +98,12 @@ def _start_kernels(graph_module: fx.GraphModule, phase: Phase, policy: Kernels) 
     """Have the TileLang kernels of all calls compiled side by side, while Inductor compiles the rest of the graph."""
     for node, _ in layer_calls(graph_module.graph):
         stem, values = lowered_values(node)
-        if stem == "linear" and choose_node(node, phase, policy).backend == "tilelang":
+        if choose_node(node, phase, policy).backend == "tilelang":
             # TileLang takes a second to import.
-            from ternarize.backends.tilelang.linear import prepare
+            from ternarize.backends.tilelang.programs import prepare
 
             x, T_packed, _, E_mantissa, bias, _, group_size = values
-            prepare(x, T_packed, E_mantissa, bias, group_size, guarded=bool(guarded_by(node)))
+            prepare(stem, x, T_packed, E_mantissa, bias, group_size, guarded=bool(guarded_by(node)))
 
 
 def _layers(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Layers:

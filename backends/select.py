@@ -39,8 +39,8 @@ class Facts:
     out_features: tuple[int, ...]
     planes: tuple[int, ...]
     group_size: int
-    mantissa: bool
-    """Whether any layer has an integer mantissa."""
+    mantissas: tuple[torch.dtype | None, ...]
+    """Of each layer, the dtype of E_mantissa, or None; of a call that takes no mantissas, empty."""
     rule: str = ""
     """Of an update."""
 
@@ -63,13 +63,13 @@ def facts_of(stem: str, args: Sequence[Any]) -> Facts:
     The arguments of ``linear_int8`` are those of ``linear``: the choice comes before x is quantised.
     """
     if stem in LINEAR_STEM.values():
-        x, T_packed, mantissa, in_features, group_size = args[0], args[1], args[3], args[0].shape[-1], args[6]
+        x, T_packed, mantissas, in_features, group_size = args[0], args[1], args[3], args[0].shape[-1], args[6]
     elif stem == "grad_input":
-        (x, *_), T_packed, mantissa, in_features, group_size = args[0], args[1], args[3], args[4], args[5]
+        (x, *_), T_packed, mantissas, in_features, group_size = args[0], args[1], args[3], args[4], args[5]
     elif stem in ("update_stage", "update_apply"):
-        x, T_packed, mantissa, in_features, group_size = args[1], args[2], [], args[1].shape[-1], args[-2]
+        x, T_packed, mantissas, in_features, group_size = args[1], args[2], [], args[1].shape[-1], args[-2]
     else:
-        x, T_packed, mantissa, in_features, group_size = args[2], [args[0]], [], args[2].shape[1], args[17]
+        x, T_packed, mantissas, in_features, group_size = args[2], [args[0]], [], args[2].shape[1], args[17]
     return Facts(
         device=x.device.type,
         capability=_capability(x.device),
@@ -78,7 +78,7 @@ def facts_of(stem: str, args: Sequence[Any]) -> Facts:
         out_features=tuple(int(packed.shape[-2]) for packed in T_packed),
         planes=tuple(int(packed.shape[0]) if packed.dim() == 3 else 1 for packed in T_packed),
         group_size=group_size,
-        mantissa=any(m is not None for m in mantissa),
+        mantissas=tuple(None if m is None else m.dtype for m in mantissas),
         rule=args[-1] if stem.startswith("update") else "",
     )
 

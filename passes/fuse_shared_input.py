@@ -24,8 +24,8 @@ class FuseSharedInputPass(GraphPass):
         getitem(qk, 0);  getitem(qk, 1)
 
     The merged call stands where the first one stood. Calls stay apart when anything between them may write to a tensor,
-    when an argument is computed in the graph rather than given to it, and when their scalar arguments differ. Counts
-    merged groups.
+    when an argument is computed in the graph rather than given to it, and when their scalar arguments, trit planes or
+    mantissas differ: no one kernel runs all. Counts merged groups.
     """
 
     def rewrite(self, graph: fx.Graph) -> int:
@@ -41,11 +41,21 @@ class FuseSharedInputPass(GraphPass):
             if calls(node, torch.ops.ternarize.linear, torch.ops.ternarize.linear_train) and _movable(node):
                 scalars = tuple(a for a in node.args if isinstance(a, int | str))
                 lengths = tuple(bool(a) for a in node.args if isinstance(a, list))
-                groups[(stretch, node.target, _source(node.args[0], stretch_of), scalars, lengths)].append(node)
+                key = (stretch, node.target, _source(node.args[0], stretch_of), scalars, lengths, *_kind(node))
+                groups[key].append(node)
         merged = [group for group in groups.values() if len(group) > 1]
         for group in merged:
             _merge(graph, group)
         return len(merged)
+
+
+def _kind(node: fx.Node) -> tuple[Any, ...]:
+    """Trit planes, and the dtype of a mantissa: the same for all layers of a call, or they would not be one."""
+    # Both ops begin alike, but for the anchor of one; each list has one layer before it is merged.
+    first = 2 if calls(node, torch.ops.ternarize.linear_train) else 1
+    weights: Any = node.args[first : first + 3]
+    (packed,), _, (mantissa,) = weights
+    return packed.meta["example_value"].shape[:-2], None if mantissa is None else mantissa.meta["example_value"].dtype
 
 
 def _movable(node: fx.Node) -> bool:

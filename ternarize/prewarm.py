@@ -64,24 +64,25 @@ def plan_call(
         out_features=tuple(layer.out_features for layer in call),
         planes=tuple(layer.config.planes for layer in call),
         group_size=first.group_size,
-        mantissa=any(layer.mantissa is not None for layer in call),
+        mantissas=tuple(None if layer.mantissa is None else layer.mantissa.dtype for layer in call),
     )
     stem = ops.LINEAR_STEM[first.activation]
     choice = choose(stem, "inference", facts, policy)
     programs: dict[Program, list[int]] = {}
-    if choice.backend == "tilelang" and stem != "linear":
-        choice = Choice(choice.backend, f"kernels of {stem} are not made ahead, but at the first call")
-    elif choice.backend == "tilelang":
-        from ternarize.backends.tilelang.linear import layer_shapes, program_for
+    if choice.backend == "tilelang":
+        from ternarize.backends.tilelang.host import layer_shapes
+        from ternarize.backends.tilelang.programs import programs_for
 
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         tensors = [layer.empty(device="meta") for layer in call]
         shapes = layer_shapes(*zip(*((t.T_packed, t.E_mantissa, t.bias) for t in tensors), strict=True))
         for M in tokens:
-            program = program_for(
-                M, shapes, first.in_features, first.group_size, dtype, guarded=checks_finite(), gpu=gpu
+            of_tokens = programs_for(
+                stem, M, shapes, first.in_features, first.group_size, dtype, guarded=checks_finite(), gpu=gpu
             )
-            programs.setdefault(program, []).append(M)
+            # Layers of one shape may be calls of one kernel.
+            for program in dict.fromkeys(of_tokens):
+                programs.setdefault(program, []).append(M)
     return PlannedCall(call, choice, programs)
 
 

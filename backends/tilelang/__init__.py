@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 #: Compute capability of Hopper: the kernels use its wgmma and TMA instructions.
 CAPABILITY = (9, 0)
 
-#: Group sizes of `linear`: one group is one step of its loop along K, held in shared memory and registers at once.
-GROUP_SIZES = (32, 64, 128, 256)
+#: Group sizes of `linear_int8`: on wgmma one group is one step of the loop along K, in shared memory and registers.
+INT8_GROUP_SIZES = (32, 64, 128, 256)
 
 #: in_features of which a sum of products of 64 and 128 may leave int32.
 MOST_INT8_COLUMNS = 2**17
@@ -66,13 +66,25 @@ def verify(stem: str, facts: "Facts") -> tuple[bool, str]:
             facts.dtype not in (torch.bfloat16, torch.float16),
             f"the activations are {facts.dtype}, need torch.bfloat16 or torch.float16",
         ),
-        (any(p != 1 for p in facts.planes), f"a layer has {max(facts.planes)} trit planes, it handles one trit plane"),
-        (facts.mantissa, "a layer has scales with a mantissa, need powers of two"),
+        (len(set(facts.planes)) > 1, f"layers of one call have {' and '.join(map(str, facts.planes))} trit planes"),
         (
-            g not in GROUP_SIZES,
-            f"group_size is {facts.group_size} at in_features {K}, need one of {', '.join(map(str, GROUP_SIZES))}",
+            len(set(facts.mantissas)) > 1,
+            "layers of one call have E_mantissa of " + " and ".join(map(str, facts.mantissas)),
         ),
-        (K % g != 0, f"in_features {K} is not a multiple of group_size {g}"),
+        (K % 64 != 0, f"in_features is {K}, need a multiple of 64: rows of 16 bytes for TMA"),
+        (
+            not (g % 128 == 0 or (g == K and g > 64) or (g in (32, 64) and K % g == 0)),
+            f"group_size is {facts.group_size}, need 32, 64, a multiple of 128 or whole rows",
+        ),
+        (
+            stem == "linear_int8" and (any(facts.mantissas) or facts.planes != (1,) * len(facts.planes)),
+            "int8 activations need one trit plane, and scales that are powers of two",
+        ),
+        (
+            stem == "linear_int8" and (g not in INT8_GROUP_SIZES or K % g != 0),
+            f"group_size is {facts.group_size} at in_features {K}, int8 activations need one that divides it: "
+            + ", ".join(map(str, INT8_GROUP_SIZES)),
+        ),
         (
             stem == "linear_int8" and K >= MOST_INT8_COLUMNS,
             f"in_features is {K}, int8 products need fewer than {MOST_INT8_COLUMNS} for sums of 32 bits",

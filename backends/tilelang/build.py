@@ -17,7 +17,9 @@ import tilelang
 from ternarize.backends.tilelang.hopper import TARGET
 from ternarize.backends.tilelang.layers import Dtype, LayerShape
 from ternarize.backends.tilelang.linear_decode import DecodeTile, decode_program
+from ternarize.backends.tilelang.linear_int8_wgmma import Int8Tile, int8_wgmma_program
 from ternarize.backends.tilelang.linear_wgmma import Tile, wgmma_program
+from ternarize.config import Activation
 
 Kernel = Callable[..., None]
 
@@ -31,15 +33,25 @@ class Program:
     g: int
     """Weights a scale group; K for whole rows."""
     dtype: Dtype
+    """Of y, and of x unless that is int8."""
+    activation: Activation = "float"
+    """int8: x is int8, with a scale for each token."""
     guarded: bool
     """Whether it reports outputs that are not finite."""
-    tile: DecodeTile | Tile
+    tile: DecodeTile | Tile | Int8Tile
 
 
 def compile_program(program: Program) -> Kernel:
     """Trace a program, then compile it or load it from TileLang's cache. Any number of threads may."""
-    make: Any = decode_program if isinstance(program.tile, DecodeTile) else wgmma_program
-    function = make(program.layers, program.K, program.g, program.dtype, guarded=program.guarded, tile=program.tile)
+    of_call = (program.layers, program.K, program.g, program.dtype)
+    tile, guarded = program.tile, program.guarded
+    function: Any
+    if isinstance(tile, DecodeTile):
+        function = decode_program(*of_call, guarded=guarded, tile=tile, activation=program.activation)
+    elif isinstance(tile, Int8Tile):
+        function = int8_wgmma_program(*of_call, guarded=guarded, tile=tile)
+    else:
+        function = wgmma_program(*of_call, guarded=guarded, tile=tile)
     kernel: Kernel = tilelang.compile(function, target=TARGET)
     return kernel
 

@@ -1,4 +1,4 @@
-// What linear_decode.cuh needs of Hopper beyond CUDA C++: one instruction each, or two.
+// What the kernels need of Hopper beyond CUDA C++: one instruction each, or two.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>
@@ -32,6 +32,11 @@ __device__ __forceinline__ void wait_for_copies() {
 __device__ __forceinline__ uint2 load_activations(const void* address) {
   uint2 value;
   asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(address) : "memory");
+  return value;
+}
+__device__ __forceinline__ float load_scale(const float* address) {
+  float value;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(address) : "memory");
   return value;
 }
 

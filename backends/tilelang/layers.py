@@ -5,9 +5,18 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import tilelang.language as T
+import torch
 from tilelang import tvm
 
 Dtype = Literal["bfloat16", "float16"]
+
+#: Bytes of an element of E_mantissa, by its dtype.
+MANTISSA_BYTES = {None: 0, "uint8": 1, "int16": 2, "int32": 4}
+
+
+def dtype_name(dtype: torch.dtype) -> Dtype:
+    """Of bfloat16 or float16, as programs name it."""
+    return "bfloat16" if dtype == torch.bfloat16 else "float16"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +52,11 @@ class LayerBuffers:
     """[M, N], written."""
 
 
+def pointer(buffer: Any, access: Literal["r", "w", "rw"]) -> Any:
+    """The start of a buffer, for a device function; a null pointer for None."""
+    return 0 if buffer is None else T.access_ptr(buffer[(0,) * len(buffer.shape)], access)
+
+
 def call_arguments(
     layers: Sequence[LayerShape], K: int, g: int, dtype: Dtype, *, guarded: bool
 ) -> tuple[Any, list[LayerBuffers]]:
@@ -61,25 +75,39 @@ def call_arguments(
     Returns:
         x [M, K], whose M is known at the call, and the buffers of each layer.
     """
-
-    def argument(name: str, shape: tuple[Any, ...], dtype: str) -> Any:
-        return tvm.script.ir_builder.tirx.arg(name, T.Tensor(shape, dtype))
-
     M = T.dynamic("M")
+    return _argument("x", (M, K), dtype), _layer_arguments(layers, M, K, g, dtype, guarded=guarded)
+
+
+def int8_call_arguments(
+    layers: Sequence[LayerShape], K: int, g: int, dtype: Dtype, *, guarded: bool
+) -> tuple[Any, Any, list[LayerBuffers]]:
+    """`call_arguments` of a call with int8 activations: x is int8 [M, K], and after it comes scale, float32 [M]."""
+    M = T.dynamic("M")
+    x, scale = _argument("x", (M, K), "int8"), _argument("scale", (M,), "float32")
+    return x, scale, _layer_arguments(layers, M, K, g, dtype, guarded=guarded)
+
+
+def _argument(name: str, shape: tuple[Any, ...], dtype: str) -> Any:
+    return tvm.script.ir_builder.tirx.arg(name, T.Tensor(shape, dtype))
+
+
+def _layer_arguments(
+    layers: Sequence[LayerShape], M: Any, K: int, g: int, dtype: Dtype, *, guarded: bool
+) -> list[LayerBuffers]:
     B, G = -(-K // 4), -(-K // g)
-    x = argument("x", (M, K), dtype)
     inputs = []
     for i, layer in enumerate(layers):
         planes = (layer.planes,) if layer.planes > 1 else ()
         inputs.append(
             {
-                "T_packed": argument(f"T_packed_{i}", (*planes, layer.N, B), "uint8"),
-                "E": argument(f"E_{i}", (layer.N, G), "int8"),
-                "E_mantissa": argument(f"E_mantissa_{i}", (layer.N, G), layer.mantissa) if layer.mantissa else None,
-                "bias": argument(f"bias_{i}", (layer.N,), "int32") if layer.bias else None,
-                "bias_exponent": argument(f"bias_exponent_{i}", (1,), "int8") if layer.bias else None,
-                "status": argument(f"status_{i}", (2,), "int32") if guarded else None,
+                "T_packed": _argument(f"T_packed_{i}", (*planes, layer.N, B), "uint8"),
+                "E": _argument(f"E_{i}", (layer.N, G), "int8"),
+                "E_mantissa": _argument(f"E_mantissa_{i}", (layer.N, G), layer.mantissa) if layer.mantissa else None,
+                "bias": _argument(f"bias_{i}", (layer.N,), "int32") if layer.bias else None,
+                "bias_exponent": _argument(f"bias_exponent_{i}", (1,), "int8") if layer.bias else None,
+                "status": _argument(f"status_{i}", (2,), "int32") if guarded else None,
             }
         )
-    outputs = [argument(f"y_{i}", (M, layer.N), dtype) for i, layer in enumerate(layers)]
-    return x, [LayerBuffers(**buffers, y=y) for buffers, y in zip(inputs, outputs, strict=True)]
+    outputs = [_argument(f"y_{i}", (M, layer.N), dtype) for i, layer in enumerate(layers)]
+    return [LayerBuffers(**buffers, y=y) for buffers, y in zip(inputs, outputs, strict=True)]

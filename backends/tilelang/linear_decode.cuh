@@ -17,9 +17,8 @@
 // is a register of A: one shift and one AND for two trits. The factor 2 is taken back by the scale, 2^(E - 1). A chunk
 // of two groups of 64 is two words of a lane, one of each group, and b tells the groups apart.
 //
-// Digits. For one to four tokens most columns of B would be empty. There x is split, exactly where no element of its
-// chunk is 2^19 times another, into DIGITS digits of base 128, one column each, and mma.m16n8k32 of int8 takes four
-// trits a register: 64 T, the code in the top two bits of a byte.
+// Activations in int8 take mma.m16n8k32, which has four trits a register: 64 T, the code in the top two bits of a byte.
+// Their scale, one a token, goes onto the finished sum.
 //
 // Work. A thread block cluster owns consecutive row blocks. K is split over its blocks, and within a block over its
 // K_WARPS, each of which keeps its accumulators until its part of K is summed and leaves them in the shared memory of
@@ -30,14 +29,8 @@
 
 namespace ternarize {
 
-constexpr int CHUNK = 128;       // weights
 constexpr int CHUNKS = 4;        // of a step
 constexpr int LINE_BYTES = 128;  // of a row and a step
-
-// 2^exponent for exponents from -126 to 127.
-__device__ __forceinline__ float exp2_int(int exponent) { return __int_as_float((exponent + 127) << 23); }
-// 2^(E - 1). At E = -126 it is 2^-127, which is subnormal.
-__device__ __forceinline__ float half_scale(int E) { return __int_as_float(max((E + 126) << 23, 0x00400000)); }
 
 // The tensors of a layer, as the host passes them; null for those that it does not have.
 struct Layer {
@@ -48,7 +41,7 @@ struct Layer {
   const int* bias;          // [N]
   const int8_t* bias_exponent;
   int* status;  // [2], of a guarded call
-  void* y;      // [M, N] of Float
+  void* y;      // [M, N] of Y
 };
 __device__ __forceinline__ Layer layer(int N, const void* T_packed, const void* E, const void* E_mantissa,
                                        const void* bias, const void* bias_exponent, void* status, void* y) {
@@ -95,18 +88,19 @@ struct GroupValues {
   }
 };
 
-// Arguments: x [M, K] of Float, and the layers; x, T_packed, E and E_mantissa 16-byte aligned, M from 1 to TOKENS, K a
-// multiple of 64. ``shared``: DecodeTile.shared_bytes (linear_decode.py).
+// Arguments: x [M, K] of X, scale float32 [M] of x in int8 and null otherwise, and the layers; x, T_packed, E and
+// E_mantissa 16-byte aligned, M from 1 to TOKENS, K a multiple of 64. ``shared``: DecodeTile.shared_bytes
+// (linear_decode.py).
 //
-// Float: __nv_bfloat16 or __half. TOKENS: 1, 2, 4, 8 or 16. DIGITS: 0, or 2 or 4 for groups of 128 and more of one
-// trit plane. TILES: mma tiles of 16 rows in a row block. STAGES, WARPS, K_WARPS, CLUSTER: above. CLUSTERS:
-// how many clusters there are. GROUP: 64, a multiple of 128, or K. MANTISSA_BYTES: of an E_mantissa, or 0.
-template <typename Float, int TOKENS, int DIGITS, int TILES, int STAGES, int WARPS, int K_WARPS, int CLUSTER,
-          int CLUSTERS, int K, int GROUP, int PLANES, int MANTISSA_BYTES, bool GUARDED, typename... Layers>
-__device__ __forceinline__ void linear_decode(const void* x, void* shared, int M, Layers... layers) {
+// Y: __nv_bfloat16 or __half. X: the same, or int8_t. TOKENS: 1, 2, 4, 8 or 16. TILES: mma tiles of 16 rows in a row
+// block. STAGES, WARPS, K_WARPS, CLUSTER: above. CLUSTERS: how many clusters there are. GROUP: 64, a multiple of 128, or
+// K. PLANES, MANTISSA_BYTES: trit planes and bytes of an E_mantissa, for int8 1 and 0.
+template <typename X, typename Y, int TOKENS, int TILES, int STAGES, int WARPS, int K_WARPS, int CLUSTER, int CLUSTERS,
+          int K, int GROUP, int PLANES, int MANTISSA_BYTES, bool GUARDED, typename... Layers>
+__device__ __forceinline__ void linear_decode(const void* x, const void* scale, void* shared, int M, Layers... layers) {
   constexpr int ROWS = 16 * TILES;
-  constexpr int COLUMNS = TOKENS * (DIGITS ? DIGITS : 1);
-  constexpr int COLUMN_TILES = (COLUMNS + 7) / 8;
+  using Inputs = Activations<X, TOKENS, K, GROUP>;
+  constexpr int COLUMN_TILES = (TOKENS + 7) / 8;
   constexpr int ROW_BYTES = K / 4;
   constexpr int STEPS = (ROW_BYTES + LINE_BYTES - 1) / LINE_BYTES;
   constexpr int ROW_WARPS = WARPS / K_WARPS;
@@ -118,8 +112,9 @@ __device__ __forceinline__ void linear_decode(const void* x, void* shared, int M
   constexpr int E_AT = PLANES * ROWS * LINE_BYTES;
   constexpr int MANTISSA_AT = E_AT + ROWS * Exponents::WORDS * 4;
   constexpr int STAGE_BYTES = MANTISSA_AT + (MANTISSA_BYTES ? ROWS * Mantissas::WORDS * 4 : 0);
-  using Accumulator = std::conditional_t<DIGITS != 0, int, float>;
-  static_assert(STEPS >= PARTS && K % 64 == 0 && (DIGITS == 0 || (SCALES == 1 && PLANES == 1)));
+  constexpr bool INT8 = std::is_same_v<X, int8_t>;
+  using Accumulator = std::conditional_t<INT8, int, float>;
+  static_assert(STEPS >= PARTS && K % 64 == 0 && (!INT8 || (PLANES == 1 && MANTISSA_BYTES == 0 && K < 1 << 17)));
 
   const Layer all[] = {layers...};
   int row_blocks = 0;
@@ -209,74 +204,12 @@ __device__ __forceinline__ void linear_decode(const void* x, void* shared, int M
   for (int stage = 0; stage < STAGES; ++stage) copy(stage);
   wait_for_previous_kernel();
 
-  // This block's part of x in the order of the fragments. Of floats: [chunk][plane][token][lane of a quad], 16 bytes,
-  // for each b the column pairs. Of digits: [chunk][two planes][column][lane of a quad][plane], 8 bytes.
+  // This block's part of x, and the parts of the row blocks whose sums it forms: [row block][part][value][lane].
   uint8_t* const s_x = static_cast<uint8_t*>(shared) + WARPS * STAGES * STAGE_BYTES;
-  constexpr int X_CHUNK_BYTES = CHUNK * COLUMNS * (DIGITS ? 1 : 2);
   constexpr int MOST_CHUNKS = (STEPS + CLUSTER - 1) / CLUSTER * CHUNKS;
-  float* const s_x_scale = reinterpret_cast<float*>(s_x + MOST_CHUNKS * X_CHUNK_BYTES);  // [chunk][token], of digits
-  float* const s_parts = s_x_scale + (DIGITS ? MOST_CHUNKS * TOKENS : 0);
-  // Bits of x of plane j and consecutive bytes of a chunk, zeros past the end.
-  auto x_bits = [&](int m, int chunk, int plane, int byte) {
-    constexpr int GROUP_CHUNKS = (GROUP + CHUNK - 1) / CHUNK;
-    const int group = GROUP < CHUNK ? chunk * SCALES + byte / 16 : chunk / GROUP_CHUNKS;
-    const int size = min(GROUP, K - group * GROUP);
-    const int place = GROUP < CHUNK ? byte % 16 : chunk % GROUP_CHUNKS * 32 + byte;
-    if (m >= M || place >= size / 4) return uint2{0, 0};
-    return load_activations(static_cast<const Float*>(x) + static_cast<int64_t>(m) * K + group * GROUP +
-                            plane * (size / 4) + place);
-  };
-  if constexpr (DIGITS == 0) {
-    for (int i = threadIdx.x; i < block_steps * CHUNKS * 16 * TOKENS; i += WARPS * 32) {
-      const int q = i % 4, m = i / 4 % TOKENS, plane = i / 4 / TOKENS % 4, chunk = i / 16 / TOKENS;
-      const int at = block_step * CHUNKS + chunk;
-      const uint2 v = x_bits(m, at, plane, SCALES == 1 ? 8 * q : 4 * q);
-      const uint2 w = x_bits(m, at, plane, SCALES == 1 ? 8 * q + 4 : 16 + 4 * q);
-      const uint32_t even_v = __byte_perm(v.x, v.y, 0x5410), odd_v = __byte_perm(v.x, v.y, 0x7632);
-      const uint32_t even_w = __byte_perm(w.x, w.y, 0x5410), odd_w = __byte_perm(w.x, w.y, 0x7632);
-      reinterpret_cast<uint4*>(s_x)[i] =
-          SCALES == 1 ? uint4{even_v, even_w, odd_v, odd_w} : uint4{even_v, odd_v, even_w, odd_w};
-    }
-  } else {
-    for (int i = warp; i < block_steps * CHUNKS * TOKENS; i += WARPS) {
-      const int m = i % TOKENS, chunk = i / TOKENS;
-      const int plane = lane / 8, byte = lane % 8 * 4;
-      const uint2 v = x_bits(m, block_step * CHUNKS + chunk, plane, byte);
-      uint32_t bits[4];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) bits[k] = float_bits<Float>((k < 2 ? v.x : v.y) >> (16 * (k % 2)));
-      uint32_t largest = 1;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) largest = max(largest, bits[k] >> 23 & 0xFF);
-      largest = __reduce_max_sync(0xFFFFFFFF, largest);
-      uint32_t words[DIGITS] = {};
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const uint32_t exponent = bits[k] >> 23 & 0xFF;
-        const int significand = (bits[k] & 0x7FFFFF) + (exponent != 0 ? 0x800000 : 0);
-        // Fixed point, the leading bit of the largest exponent at 7 DIGITS - 2.
-        const int shift = 7 * DIGITS - 25 - static_cast<int>(largest - max(exponent, 1u));
-        const int right = min(max(-shift, 0), 30);
-        int value = shift >= 0 ? significand << shift : (significand + (1 << right >> 1)) >> right;
-        if (bits[k] >> 31) value = -value;
-#pragma unroll
-        for (int digit = DIGITS - 1; digit >= 0; --digit) {
-          const int rest = digit == 0 ? 0 : (value + 64) >> 7;
-          words[digit] |= static_cast<uint32_t>((value - rest * 128) & 0xFF) << (8 * k);
-          value = rest;
-        }
-      }
-#pragma unroll
-      for (int digit = 0; digit < DIGITS; ++digit)
-        reinterpret_cast<uint32_t*>(s_x)[(((chunk * 2 + plane / 2) * COLUMNS + m * DIGITS + digit) * 4 + byte / 8) * 4 +
-                                         plane % 2 * 2 + byte / 4 % 2] = words[digit];
-      // The weight of the first digit, less the 64 of the operand; what is not finite makes the sum NaN.
-      if (lane == 0)
-        s_x_scale[i] = largest == 255 ? __int_as_float(0x7FC00000)
-                       : largest > 11 ? exp2_int(static_cast<int>(largest) - 138)
-                                      : __int_as_float(1 << (largest + 11));
-    }
-  }
+  float* const s_parts = reinterpret_cast<float*>(s_x + MOST_CHUNKS * Inputs::CHUNK_BYTES);
+  const Inputs inputs{static_cast<const X*>(x), M};
+  inputs.template stage<WARPS * 32>(s_x, block_step * CHUNKS, block_steps * CHUNKS);
   if (CLUSTER > 1) cluster_wait();
   __syncthreads();
 
@@ -323,7 +256,7 @@ __device__ __forceinline__ void linear_decode(const void* x, void* shared, int M
             const int row = tile * 16 + half * 8 + row_in_tile, n = row_of(here, n0, row);
             const int group = quad_lane * SCALES + s;
             const int E = static_cast<int8_t>(Exponents::read(from + E_AT, row, n, first_step + step, group));
-            scales[tile][half][s] = DIGITS ? exp2_int(E) : half_scale(E);
+            scales[tile][half][s] = INT8 ? int8_scale(E) : half_scale(E);
             if constexpr (MANTISSA_BYTES != 0) {
               const int mantissa = Mantissas::read(from + MANTISSA_AT, row, n, first_step + step, group);
               scales[tile][half][s] *= static_cast<float>(mantissa);
@@ -336,65 +269,68 @@ __device__ __forceinline__ void linear_decode(const void* x, void* shared, int M
 #pragma unroll
       for (int c = 0; c < CHUNKS; ++c) {
         const int chunk = part_chunk + step * CHUNKS + c;
-        const uint8_t* const x_chunk = s_x + chunk * X_CHUNK_BYTES + quad_lane * 16;
-        Accumulator group_sum[SCALES][TILES][COLUMN_TILES][4] = {};
+        const uint8_t* const x_chunk = s_x + chunk * Inputs::CHUNK_BYTES + quad_lane * 16;
+        Accumulator group_sum[SCALES][TILES][COLUMN_TILES][4];
+#pragma unroll
+        for (int i = 0; i < SCALES * TILES * COLUMN_TILES * 4; ++i)
+          group_sum[i / (TILES * COLUMN_TILES * 4)][i / (COLUMN_TILES * 4) % TILES][i / 4 % COLUMN_TILES][i % 4] =
+              ORIGIN<Accumulator>;
+        // Of int8 and groups of 64, planes 0 and 1 stand for two mma of the first group, with two planes each.
 #pragma unroll
         for (int plane = 0; plane < 4; ++plane) {
           uint4 x_fragment[COLUMN_TILES];
 #pragma unroll
           for (int t = 0; t < COLUMN_TILES; ++t) {
             // Columns of B past the last repeat it; nobody reads their sums.
-            const int column = min(t * 8 + row_in_tile, COLUMNS - 1);
+            const int column = min(t * 8 + row_in_tile, TOKENS - 1);
             x_fragment[t] =
-                *reinterpret_cast<const uint4*>(x_chunk + ((DIGITS ? plane / 2 : plane) * COLUMNS + column) * 64);
+                *reinterpret_cast<const uint4*>(x_chunk + ((INT8 ? plane / 2 : plane) * TOKENS + column) * 64);
           }
 #pragma unroll
-          for (int b = 0; b < (DIGITS ? 1 : 2); ++b)
+          for (int b = 0; b < (INT8 ? 1 : 2); ++b)
 #pragma unroll
             for (int tile = 0; tile < TILES; ++tile) {
               uint32_t a[4];
 #pragma unroll
               for (int r = 0; r < 4; ++r) {
                 // Registers 0 and 1 are of the first column pair, rows r and r + 8; 2 and 3 of the second.
-                const bool second_word = SCALES == 1 ? r / 2 : b;
-                const int shift = DIGITS ? 6 - 2 * plane : 14 - 8 * (SCALES == 1 ? b : r / 2) - 2 * plane;
+                const bool second_word = SCALES == 1 ? r / 2 : INT8 ? plane / 2 : b;
+                const int shift = INT8 ? 6 - 2 * (SCALES == 1 ? plane : plane % 2 * 2 + r / 2)
+                                       : 14 - 8 * (SCALES == 1 ? b : r / 2) - 2 * plane;
 #pragma unroll
                 for (int p = 0; p < PLANES; ++p) {
                   const uint2 w = words[p][tile][r % 2][c];
-                  const uint32_t trits = ((second_word ? w.y : w.x) << shift) & (DIGITS ? 0xC0C0C0C0u : 0xC000C000u);
-                  a[r] = p == 0 ? trits : three_times_plus<Float>(a[r], trits);
+                  const uint32_t trits = ((second_word ? w.y : w.x) << shift) & (INT8 ? 0xC0C0C0C0u : 0xC000C000u);
+                  if (p == 0)
+                    a[r] = trits;
+                  else if constexpr (PLANES > 1)
+                    a[r] = three_times_plus<X>(a[r], trits);
                 }
               }
 #pragma unroll
               for (int t = 0; t < COLUMN_TILES; ++t) {
                 const uint4 v = x_fragment[t];
-                const bool upper = DIGITS ? plane % 2 : b;
-                if constexpr (DIGITS != 0)
-                  mma(group_sum[0][tile][t], a, upper ? v.z : v.x, upper ? v.w : v.y);
+                const bool upper = INT8 ? plane % 2 : b;
+                Accumulator(&d)[4] = group_sum[SCALES == 1 ? 0 : INT8 ? plane / 2 : b][tile][t];
+                if constexpr (INT8)
+                  mma(d, a, upper ? v.z : v.x, upper ? v.w : v.y);
                 else
-                  mma<Float>(group_sum[SCALES == 1 ? 0 : b][tile][t], a, upper ? v.z : v.x, upper ? v.w : v.y);
+                  mma<X>(d, a, upper ? v.z : v.x, upper ? v.w : v.y);
               }
             }
         }
-        float x_scale[COLUMN_TILES];
-#pragma unroll
-        for (int t = 0; t < COLUMN_TILES; ++t)
-          x_scale[t] = DIGITS ? s_x_scale[chunk * TOKENS + min((t * 8 + quad_lane * 2) / (DIGITS ? DIGITS : 1), TOKENS - 1)]
-                              : 1.0f;
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
           for (int half = 0; half < 2; ++half)
 #pragma unroll
             for (int s = 0; s < SCALES; ++s) {
-              const float scale = __shfl_sync(0xFFFFFFFF, scales[tile][half][s], c, 4);
+              const float group_scale = __shfl_sync(0xFFFFFFFF, scales[tile][half][s], c, 4);
 #pragma unroll
               for (int t = 0; t < COLUMN_TILES; ++t)
 #pragma unroll
-                for (int i = half * 2; i < half * 2 + 2; ++i) {
-                  const float value = static_cast<float>(group_sum[s][tile][t][i]);
-                  sum[tile][t][i] += scale * (DIGITS ? value * x_scale[t] : value);
-                }
+                for (int i = half * 2; i < half * 2 + 2; ++i)
+                  sum[tile][t][i] += group_scale * group_value(group_sum[s][tile][t][i]);
             }
       }
     }
@@ -422,25 +358,19 @@ __device__ __forceinline__ void linear_decode(const void* x, void* shared, int M
     Layer here;
     const int n = locate(block * CLUSTER + rank, here) + row;
     if (is_short && n >= here.N) continue;
+    const int value = (row / 16 * COLUMN_TILES + m / 8) * 4 + row / 8 % 2 * 2 + m % 2;
+    const float* const parts = s_parts + (block * PARTS * VALUES + value) * 32 + row % 8 * 4 + m % 8 / 2;
     float sum = 0;
 #pragma unroll
-    for (int digit = 0; digit < (DIGITS ? DIGITS : 1); ++digit) {
-      const int column = m * (DIGITS ? DIGITS : 1) + digit;
-      const int value = (row / 16 * COLUMN_TILES + column / 8) * 4 + row / 8 % 2 * 2 + column % 2;
-      const float* const parts = s_parts + (block * PARTS * VALUES + value) * 32 + row % 8 * 4 + column % 8 / 2;
-      float digit_sum = 0;
-#pragma unroll
-      for (int p = 0; p < PARTS; ++p) digit_sum += parts[p * VALUES * 32];
-      sum += digit_sum * exp2_int(-7 * digit);
-    }
-    if (here.bias != nullptr) {
-      // bias_exponent reaches -128, where 2^bias_exponent is subnormal: two normal factors instead.
-      const int exponent = *here.bias_exponent, half = exponent >> 1;
-      sum += static_cast<float>(here.bias[n]) * exp2_int(half) * exp2_int(exponent - half);
-    }
-    const Float value = rounded<Float>(sum);
-    if (GUARDED && !isfinite(static_cast<float>(value))) report_nonfinite(here.status);
-    static_cast<Float*>(here.y)[static_cast<int64_t>(m) * here.N + n] = value;
+    for (int p = 0; p < PARTS; ++p) sum += parts[p * VALUES * 32];
+    // In float64, which neither 2^INT8_SHIFT nor the scale leads out of range.
+    if constexpr (INT8)
+      sum = static_cast<float>(static_cast<double>(sum) * (1 << INT8_SHIFT) *
+                               load_scale(static_cast<const float*>(scale) + m));
+    if (here.bias != nullptr) sum += bias_value(here.bias[n], *here.bias_exponent);
+    const Y y = rounded<Y>(sum);
+    if (GUARDED && !isfinite(static_cast<float>(y))) report_nonfinite(here.status);
+    static_cast<Y*>(here.y)[static_cast<int64_t>(m) * here.N + n] = y;
   }
 }
 

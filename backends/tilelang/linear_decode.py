@@ -1,6 +1,6 @@
 # mypy: disable-error-code="valid-type, untyped-decorator, no-untyped-def"
 # TileLang is untyped, and its kernels are annotated with buffers, which are values.
-"""The program of `ternarize.backends.tilelang.linear` for a few tokens: linear_decode.cuh, hosted by TileLang."""
+"""The program of `linear` and `linear_int8` for a few tokens: linear_decode.cuh, hosted by TileLang."""
 
 import dataclasses
 import itertools
@@ -10,20 +10,28 @@ from typing import Any
 
 import tilelang.language as T
 
-from ternarize.backends.tilelang.hopper import MULTIPROCESSORS, SHARED_BYTES
-from ternarize.backends.tilelang.layers import Dtype, LayerShape, call_arguments
+from ternarize.backends.tilelang.hopper import CLUSTERS, SHARED_BYTES
+from ternarize.backends.tilelang.layers import (
+    MANTISSA_BYTES,
+    Dtype,
+    LayerBuffers,
+    LayerShape,
+    call_arguments,
+    int8_call_arguments,
+    pointer,
+)
+from ternarize.config import Activation
 
 #: Weights of a row that a warp takes at once: a cache line.
 STEP = 512
 
-#: Most tokens of a call.
-MOST_TOKENS = 16
+#: Most tokens of a call. For more floats wgmma is faster, though it computes 16 tokens at least (docs/benchmarks.md).
+MOST_TOKENS: dict[Activation, int] = {"float": 8, "int8": 16}
 
 SOURCE = "".join(
-    Path(__file__).with_name(name).read_text() for name in ("guard.cuh", "hopper.cuh", "linear_decode.cuh")
+    Path(__file__).with_name(name).read_text()
+    for name in ("numbers.cuh", "hopper.cuh", "linear_decode_x.cuh", "linear_decode.cuh")
 )
-
-_MANTISSA_BYTES = {None: 0, "uint8": 1, "int16": 2, "int32": 4}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,8 +40,6 @@ class DecodeTile:
 
     TOKENS: int
     """Tokens a call has at most: 1, 2, 4, 8 or 16."""
-    DIGITS: int
-    """0, or the base-128 digits that x is split into."""
     TILES: int
     """mma tiles of 16 rows in a row block."""
     STAGES: int
@@ -46,24 +52,21 @@ class DecodeTile:
     """Blocks among which K is split."""
     CLUSTERS: int
     """Clusters, among which the row blocks are shared out: at most as many as there are row blocks."""
-    blocks_per_multiprocessor: int
-    """Blocks that fit a multiprocessor at a time: what bounds the registers of a thread."""
 
     def row_blocks(self, layers: tuple[LayerShape, ...]) -> int:
         """Row blocks; the last of a layer overlaps the one before it if N is no multiple of their size."""
         return sum(-(-layer.N // (16 * self.TILES)) for layer in layers)
 
-    def shared_bytes(self, layers: tuple[LayerShape, ...], K: int, g: int) -> int:
+    def shared_bytes(self, layers: tuple[LayerShape, ...], K: int, g: int, activation: Activation) -> int:
         """Shared memory of a block: the rings, its part of x, and the parts of the sums that it adds up."""
-        columns = self.TOKENS * max(self.DIGITS, 1)
         rows = 16 * self.TILES
-        scale_bytes = _ring_bytes(1, K, g) + _ring_bytes(_MANTISSA_BYTES[layers[0].mantissa], K, g)
+        scale_bytes = _ring_bytes(1, K, g) + _ring_bytes(MANTISSA_BYTES[layers[0].mantissa], K, g)
         ring_bytes = self.WARPS * self.STAGES * rows * (layers[0].planes * STEP // 4 + scale_bytes)
-        chunks = -(-_steps(K) // self.CLUSTER) * STEP // 128
-        x_bytes = chunks * (128 * columns + 4 * self.TOKENS if self.DIGITS else 256 * columns)
+        columns = -(-_steps(K) // self.CLUSTER) * STEP
+        x_bytes = columns * self.TOKENS * (1 if activation == "int8" else 2)
         blocks = -(-self.row_blocks(layers) // self.CLUSTERS)
         parts = -(-blocks // self.CLUSTER) * self.CLUSTER * self.K_WARPS
-        return ring_bytes + x_bytes + parts * rows * -(-columns // 8) * 8 * 4
+        return ring_bytes + x_bytes + parts * rows * -(-self.TOKENS // 8) * 8 * 4
 
 
 def _steps(K: int) -> int:
@@ -81,23 +84,39 @@ def _ring_bytes(value_bytes: int, K: int, g: int) -> int:
 
 
 def decode_function(
-    layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, *, guarded: bool, tile: DecodeTile
+    layers: tuple[LayerShape, ...],
+    K: int,
+    g: int,
+    dtype: Dtype,
+    *,
+    guarded: bool,
+    tile: DecodeTile,
+    activation: Activation = "float",
 ) -> str:
     """The instance of linear_decode.cuh for a call; arguments as of `decode_program`."""
+    y_type = "__nv_bfloat16" if dtype == "bfloat16" else "__half"
     parameters = (
-        "__nv_bfloat16" if dtype == "bfloat16" else "__half",
-        *dataclasses.astuple(tile)[:-1],
+        "int8_t" if activation == "int8" else y_type,
+        y_type,
+        *dataclasses.astuple(tile),
         K,
         g,
         layers[0].planes,
-        _MANTISSA_BYTES[layers[0].mantissa],
+        MANTISSA_BYTES[layers[0].mantissa],
         str(guarded).lower(),
     )
     return f"ternarize::linear_decode<{', '.join(map(str, parameters))}>"
 
 
 def decode_program(
-    layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, *, guarded: bool, tile: DecodeTile
+    layers: tuple[LayerShape, ...],
+    K: int,
+    g: int,
+    dtype: Dtype,
+    *,
+    guarded: bool,
+    tile: DecodeTile,
+    activation: Activation = "float",
 ) -> Any:
     """The program for a call of up to tile.TOKENS tokens.
 
@@ -105,30 +124,36 @@ def decode_program(
         layers: of the call, with as many planes and the same mantissa each.
         K: in_features, a multiple of 64.
         g: weights a scale group: 64, a multiple of 128, or K.
-        dtype: of x and y.
+        dtype: of y, and of x unless that is int8.
         guarded: whether values that are not finite are reported in the status of their layer.
         tile: how the work is shared out.
+        activation: int8 for x in int8, with a scale for each token.
 
     Returns:
-        A TileLang prim_func of the arguments of `ternarize.backends.tilelang.layers.call_arguments`.
+        A TileLang prim_func of the arguments of `ternarize.backends.tilelang.layers.call_arguments`, or of
+        `int8_call_arguments`.
     """
-    function = decode_function(layers, K, g, dtype, guarded=guarded, tile=tile)
-    shared_bytes = tile.shared_bytes(layers, K, g)
+    function = decode_function(layers, K, g, dtype, guarded=guarded, tile=tile, activation=activation)
+    shared_bytes = tile.shared_bytes(layers, K, g, activation)
 
-    def pointer(buffer: Any, access: str) -> Any:
-        return 0 if buffer is None else T.access_ptr(buffer[(0,) * len(buffer.shape)], access)
+    def arguments() -> tuple[Any, Any, list[LayerBuffers]]:
+        if activation == "int8":
+            return int8_call_arguments(layers, K, g, dtype, guarded=guarded)
+        x, buffers = call_arguments(layers, K, g, dtype, guarded=guarded)
+        return x, None, buffers
 
     @T.prim_func
     def ternary_linear_decode():
-        x, buffers = call_arguments(layers, K, g, dtype, guarded=guarded)
+        x, scale, buffers = arguments()
         with T.Kernel(tile.CLUSTER * tile.CLUSTERS, threads=32 * tile.WARPS, cluster_dims=tile.CLUSTER):
             T.import_source(SOURCE)
-            T.annotate_min_blocks_per_sm(tile.blocks_per_multiprocessor)
+            T.annotate_min_blocks_per_sm(1)
             shared = T.alloc_shared((shared_bytes,), T.uint8)
             T.call_extern(
                 "handle",
                 function,
-                T.access_ptr(x[0, 0], "r"),
+                pointer(x, "r"),
+                pointer(scale, "r"),
                 T.access_ptr(shared[0], "rw"),
                 x.shape[0],
                 *(
@@ -159,32 +184,35 @@ def choose_decode_tile(
     K: int,
     g: int,
     dtype: Dtype,  # noqa: ARG001  # the arguments of choose_wgmma_tile
+    activation: Activation = "float",
 ) -> DecodeTile | None:
     """The first of `decode_tiles`, or None for a call that linear_decode.cuh does not serve."""
-    return next(decode_tiles(M, layers, K, g), None)
+    return next(decode_tiles(M, layers, K, g, activation), None)
 
 
-def decode_tiles(M: int, layers: tuple[LayerShape, ...], K: int, g: int) -> Iterator[DecodeTile]:
-    """The sizes of linear_decode.cuh that fit a call of up to 16 tokens, the preferred ones first.
+def decode_tiles(
+    M: int, layers: tuple[LayerShape, ...], K: int, g: int, activation: Activation = "float"
+) -> Iterator[DecodeTile]:
+    """The sizes of linear_decode.cuh that fit a call of a few tokens, the preferred ones first.
 
     It serves rows that are a multiple of 16 packed bytes, groups that are whole rows, 64 or a multiple of 128, and
     layers that agree in planes and mantissa.
     """
     first = layers[0]
     if (
-        M > MOST_TOKENS
+        MOST_TOKENS[activation] < M
         or K % 64 != 0
         or (g != 64 and g % 128 != 0 and g != K)
         or any((layer.planes, layer.mantissa) != (first.planes, first.mantissa) for layer in layers)
     ):
         return
     tokens = next(tokens for tokens in (1, 2, 4, 8, 16) if tokens >= M)
-    # Copies far ahead before few blocks to share x.
-    for stages, cluster in itertools.product((4, 2, 1), (1, 2, 4, 8)):
+    # Two steps ahead are enough. Splitting K costs an exchange of sums, but many tokens are long to load.
+    clusters = (1, 2, 4, 8) if tokens <= 4 else (2, 1, 4, 8)
+    for stages, cluster in itertools.product((2, 1), clusters):
         tile = _shared_out(
             DecodeTile(
                 TOKENS=tokens,
-                DIGITS=0,
                 TILES=1,
                 STAGES=stages,
                 # Several planes of 16 rows take more registers than 16 warps have.
@@ -192,19 +220,18 @@ def decode_tiles(M: int, layers: tuple[LayerShape, ...], K: int, g: int) -> Iter
                 K_WARPS=1,
                 CLUSTER=cluster,
                 CLUSTERS=1,
-                blocks_per_multiprocessor=1,
             ),
             layers,
             K,
         )
-        if tile is not None and tile.shared_bytes(layers, K, g) <= SHARED_BYTES:
+        if tile is not None and tile.shared_bytes(layers, K, g, activation) <= SHARED_BYTES:
             yield tile
 
 
 def _shared_out(tile: DecodeTile, layers: tuple[LayerShape, ...], K: int) -> DecodeTile | None:
     """The tile with its clusters and K_WARPS: K is split over as many warps as have no row block of their own."""
     row_blocks = tile.row_blocks(layers)
-    clusters = min(row_blocks, tile.blocks_per_multiprocessor * MULTIPROCESSORS // tile.CLUSTER)
+    clusters = min(row_blocks, CLUSTERS[tile.CLUSTER])
     blocks = -(-row_blocks // clusters)
     splits = [k for k in (1, 2, 4, 8, 16) if k <= tile.WARPS and tile.CLUSTER * k <= _steps(K)]
     if not splits:

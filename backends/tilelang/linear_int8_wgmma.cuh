@@ -9,13 +9,12 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
+#include <type_traits>
+
 namespace ternarize {
 
 // Exponents below the base that an operand of 8 bits holds.
 constexpr int WINDOW = 6;
-
-// 2^exponent for exponents from -126 to 127.
-__device__ __forceinline__ float exp2_int(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
 // What a thread knows of its two rows, r and r + 8, as it goes through the groups; the lanes of a quad know the same.
 struct RowExponents {
@@ -129,19 +128,34 @@ __device__ __forceinline__ void decode_group(const void* packed, void* weight, v
 
 // y of the sums, for the 16 rows and BLOCK_M tokens of a warp, written to memory.
 
-// Stores to a variable of 16 bits of four neighbouring rows, as far as they are there.
+// Whether an exponent of 16 bits is that of Inf and NaN, in any of four numbers.
+template <typename Y>
+__device__ __forceinline__ bool any_nonfinite(uint32_t low, uint32_t high) {
+  constexpr uint32_t EXPONENT = std::is_same_v<Y, __half> ? 0x7C00 : 0x7F80;
+  bool any = false;
+#pragma unroll
+  for (uint32_t place : {EXPONENT, EXPONENT << 16}) any |= (low & place) == place || (high & place) == place;
+  return any;
+}
+
+// Stores four neighbouring numbers of a row of y, as far as they are there, and returns whether those are finite.
 template <typename Y, int N>
-__device__ __forceinline__ void store_rows(Y* y, int n, uint32_t low, uint32_t high) {
+__device__ __forceinline__ bool store_rows(Y* y, int n, uint32_t low, uint32_t high) {
   // Rows of y are multiples of 8 bytes.
   if (N % 4 == 0) {
-    if (n < N) *reinterpret_cast<uint2*>(y + n) = make_uint2(low, high);
-  } else {
-    const uint16_t values[4] = {static_cast<uint16_t>(low), static_cast<uint16_t>(low >> 16),
-                                static_cast<uint16_t>(high), static_cast<uint16_t>(high >> 16)};
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (n + i < N) reinterpret_cast<uint16_t*>(y)[n + i] = values[i];
+    if (n >= N) return true;
+    *reinterpret_cast<uint2*>(y + n) = make_uint2(low, high);
+    return !any_nonfinite<Y>(low, high);
   }
+  const uint32_t values[4] = {low & 0xFFFF, low >> 16, high & 0xFFFF, high >> 16};
+  bool finite = true;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (n + i >= N) continue;
+    reinterpret_cast<uint16_t*>(y)[n + i] = static_cast<uint16_t>(values[i]);
+    finite &= !any_nonfinite<Y>(values[i], 0);
+  }
+  return finite;
 }
 
 __device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16*) {
@@ -181,11 +195,12 @@ __device__ __forceinline__ float of_rank(const float* variable, int rank) {
 // Of a cluster among whose CLUSTER blocks K is split, each adds up and stores its share of the tokens; the threads of
 // all blocks hold the same places of y, so each reads what its twins left in ``shared``, float32 [SUMS][threads].
 //
-// scale: float32 [M]. y: [M, N]. thread: of those that hold sums, THREADS of them. row, m0: of the thread's first sum.
+// scale: float32 [M]. bias, bias_exponent: null for none. status: of the layer, null if nobody asks for it. y: [M, N].
+// thread: of those that hold sums, THREADS of them. row, m0: of the thread's first sum.
 template <typename Y, int SUMS, int N, int THREADS, int CLUSTER>
-__device__ __forceinline__ void store_sums(void* sums, void* exact, void* state, const void* scale, void* y,
-                                           void* shared, int thread, int row, int m0, int M, int rank,
-                                           const void* bias = nullptr, const void* bias_exponent = nullptr) {
+__device__ __forceinline__ void store_sums(void* sums, void* exact, void* state, const void* scale, const void* bias,
+                                           const void* bias_exponent, void* status, void* y, void* shared, int thread,
+                                           int row, int m0, int M, int rank) {
   constexpr int SHARE = SUMS / CLUSTER;
   RowExponents& rows = *static_cast<RowExponents*>(state);
   int32_t* const integers = static_cast<int32_t*>(sums);
@@ -197,12 +212,9 @@ __device__ __forceinline__ void store_sums(void* sums, void* exact, void* state,
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     unit[half] = exp2_int(rows.base[half]);
-    if (bias != nullptr) {
-      // bias_exponent reaches -128, where 2^bias_exponent is subnormal: two normal factors instead.
-      const int exponent = *static_cast<const int8_t*>(bias_exponent), part = exponent >> 1;
-      b[half] = static_cast<float>(static_cast<const int32_t*>(bias)[min(row + 8 * half, N - 1)]) * exp2_int(part) *
-                exp2_int(exponent - part);
-    }
+    if (bias != nullptr)
+      b[half] = bias_value(static_cast<const int*>(bias)[min(row + 8 * half, N - 1)],
+                           *static_cast<const int8_t*>(bias_exponent));
   }
   // Without the bias. Tokens past the last have sums of zero, and are never stored.
   auto value = [&](int i) {
@@ -211,6 +223,7 @@ __device__ __forceinline__ void store_sums(void* sums, void* exact, void* state,
     return integers[i] * (token_scale * (1.0f / (1 << WINDOW))) * unit[i / 2 % 2];
   };
   float* const parts = static_cast<float*>(shared) + thread;
+  bool finite = true;
   if (CLUSTER > 1) {
 #pragma unroll
     for (int i = 0; i < SUMS; ++i) parts[i * THREADS] = value(i);
@@ -239,9 +252,11 @@ __device__ __forceinline__ void store_sums(void* sums, void* exact, void* state,
     const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, odd ? first : last, 1);
     const int m = m0 + tile * 8 + lane_row;
     if (m < M)
-      store_rows<Y, N>(static_cast<Y*>(y) + static_cast<int64_t>(m) * N,
-                       row - lane_row + (odd ? 8 : 0) + quad_lane / 2 * 4, odd ? other : first, odd ? last : other);
+      finite &= store_rows<Y, N>(static_cast<Y*>(y) + static_cast<int64_t>(m) * N,
+                                 row - lane_row + (odd ? 8 : 0) + quad_lane / 2 * 4, odd ? other : first,
+                                 odd ? last : other);
   }
+  if (status != nullptr && !finite) report_nonfinite(static_cast<int*>(status));
   // No block may leave while another reads its shared memory.
   if (CLUSTER > 1) cluster_barrier();
 }

@@ -3,15 +3,16 @@
 """The program of `ternarize.backends.tilelang.linear_int8` on wgmma, for any number of tokens."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tilelang.language as T
 
 from ternarize.backends.tilelang.hopper import MULTIPROCESSORS
-from ternarize.backends.tilelang.layers import Dtype
+from ternarize.backends.tilelang.layers import Dtype, LayerShape, int8_call_arguments, pointer
 
-SOURCE = Path(__file__).with_name("linear_int8_wgmma.cuh").read_text()
+SOURCE = "".join(Path(__file__).with_name(name).read_text() for name in ("numbers.cuh", "linear_int8_wgmma.cuh"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,26 +31,28 @@ class Int8Tile:
     """Blocks that fit a multiprocessor at a time: what bounds the registers of a thread."""
 
 
-def int8_wgmma_program(N: int, K: int, g: int, dtype: Dtype, *, has_bias: bool, tile: Int8Tile) -> Any:
-    """The program for layers of one shape and any number of tokens.
+def int8_wgmma_program(
+    layers: Sequence[LayerShape], K: int, g: int, dtype: Dtype, *, guarded: bool, tile: Int8Tile
+) -> Any:
+    """The program for one layer and any number of tokens.
 
     It computes yᵀ = W · qᵀ: the trits are decoded in registers, straight into the int8 operand A of wgmma, and the
     exponents with them (linear_int8_wgmma.cuh). One step along K is one scale group. TMA fills what lies beyond M and N
-    with zeros; where rows of T_packed are no multiple of 16 bytes, TileLang copies with predicated loads instead.
+    with zeros. Packed groups of 32, 8 bytes each, are too short for it: TileLang copies those with predicated loads.
 
     Args:
-        N: out_features.
-        K: in_features, a multiple of g; below 2^17, so that no int32 sum overflows.
+        layers: of the launch, one, with one trit plane and no mantissa.
+        K: in_features, a multiple of 64 and of g; below 2^17, so that no int32 sum overflows.
         g: weights a scale group, one of 32, 64, 128 and 256.
         dtype: of y.
-        has_bias: whether the program takes bias and bias_exponent, after E.
+        guarded: whether values that are not finite are reported in the status of the layer.
         tile: how the work is shared out.
 
     Returns:
-        A TileLang prim_func of q int8 [M, K], scale float32 [M], T_packed uint8 [N, K / 4], E int8 [N, K / g], bias
-        int32 [N] and bias_exponent int8 [1] if there is a bias, and y [M, N], which it writes.
+        A TileLang prim_func of the arguments of `ternarize.backends.tilelang.layers.int8_call_arguments`.
     """
-    M = T.dynamic("M")
+    (layer,) = layers
+    N = layer.N
     BLOCK_M, BLOCK_N, split = tile.BLOCK_M, tile.BLOCK_N, tile.split
     bytes_per_group = g // 4
     words = max(1, g // 64)
@@ -60,8 +63,10 @@ def int8_wgmma_program(N: int, K: int, g: int, dtype: Dtype, *, has_bias: bool, 
     y_type = {"bfloat16": "__nv_bfloat16", "float16": "__half"}[dtype]
     store_sums = f"ternarize::store_sums<{y_type}, {sums}, {N}, {2 * BLOCK_N}, {split}>"
 
-    @T.macro
-    def block(q, scale, T_packed, E, bias, bias_exponent, y):
+    @T.prim_func
+    def ternary_linear_int8():
+        q, scale, (tensors,) = int8_call_arguments(layers, K, g, dtype, guarded=guarded)
+        M = q.shape[0]
         with T.Kernel(
             split * T.ceildiv(N, BLOCK_N), T.ceildiv(M, BLOCK_M), threads=2 * BLOCK_N, cluster_dims=split
         ) as (block_n, block_m):
@@ -104,14 +109,14 @@ def int8_wgmma_program(N: int, K: int, g: int, dtype: Dtype, *, has_bias: bool, 
                 f"ternarize::start_rows<{sums}, {N}, {groups}, {steps}>",
                 T.access_ptr(accumulator, "w"),
                 T.access_ptr(state, "w"),
-                T.access_ptr(E[0, 0], "r"),
+                pointer(tensors.E, "r"),
                 n0 + row,
                 rank * steps,
             )
             for step in T.Pipelined(steps, num_stages=tile.stages):
                 k = rank * steps + step
                 T.copy(q[m0, k * g], s_q)
-                T.copy(T_packed[n0, k * bytes_per_group], s_packed)
+                T.copy(tensors.T_packed[n0, k * bytes_per_group], s_packed)
                 for half, i in T.grid(2, words):
                     for byte in T.vectorized(4):
                         packed[half, i, byte] = s_packed[row + 8 * half, 16 * i + byte0 + byte]
@@ -123,7 +128,7 @@ def int8_wgmma_program(N: int, K: int, g: int, dtype: Dtype, *, has_bias: bool, 
                     T.access_ptr(accumulator, "rw"),
                     T.access_ptr(exact, "rw"),
                     T.access_ptr(state, "rw"),
-                    T.access_ptr(E[0, 0], "r"),
+                    pointer(tensors.E, "r"),
                     n0 + row,
                     k,
                 )
@@ -135,42 +140,18 @@ def int8_wgmma_program(N: int, K: int, g: int, dtype: Dtype, *, has_bias: bool, 
                 T.access_ptr(accumulator, "rw"),
                 T.access_ptr(exact, "rw"),
                 T.access_ptr(state, "rw"),
-                T.access_ptr(scale[0], "r"),
-                T.access_ptr(y[0, 0], "w"),
-                T.access_ptr(s_part[0], "rw"),
+                pointer(scale, "r"),
+                pointer(tensors.bias, "r"),
+                pointer(tensors.bias_exponent, "r"),
+                pointer(tensors.status, "rw"),
+                pointer(tensors.y, "w"),
+                pointer(s_part, "rw"),
                 thread,
                 n0 + row,
                 m0,
                 M,
                 rank,
-                *((T.access_ptr(bias[0], "r"), T.access_ptr(bias_exponent[0], "r")) if has_bias else ()),
             )
-
-    if has_bias:
-
-        @T.prim_func
-        def ternary_linear_int8(
-            q: T.Tensor((M, K), T.int8),
-            scale: T.Tensor((M,), T.float32),
-            T_packed: T.Tensor((N, K // 4), T.uint8),
-            E: T.Tensor((N, K // g), T.int8),
-            bias: T.Tensor((N,), T.int32),
-            bias_exponent: T.Tensor((1,), T.int8),
-            y: T.Tensor((M, N), dtype),
-        ):
-            block(q, scale, T_packed, E, bias, bias_exponent, y)
-
-    else:
-
-        @T.prim_func
-        def ternary_linear_int8(
-            q: T.Tensor((M, K), T.int8),
-            scale: T.Tensor((M,), T.float32),
-            T_packed: T.Tensor((N, K // 4), T.uint8),
-            E: T.Tensor((N, K // g), T.int8),
-            y: T.Tensor((M, N), dtype),
-        ):
-            block(q, scale, T_packed, E, None, None, y)
 
     return ternary_linear_int8
 

@@ -3,7 +3,7 @@
 // straight into the operand A, so no decoded weight is ever written to memory.
 //
 // Steps. One step along K is 32 packed bytes a row, 128 weights. In a group of 128 weights or more, byte c holds the
-// weights c, c + q, c + 2q and c + 3q, q a quarter of the group, so the 32 bytes are four slices of 32 columns of x, q
+// weights c, c + q, c + 2q and c + 3q, q a quarter of the group, so the 32 bytes are four runs of 32 columns of x, q
 // columns apart. The last bytes of a row may be fewer: TMA fills what lies beyond the row with zeros, which is the code
 // of zero, and whatever columns of x they meet count nothing. Groups of 32 and 64 lie in 128 columns one after another.
 //
@@ -11,194 +11,48 @@
 // ROW_TILES outputs of the tile. Blocks stay, and take tile after tile; of the tiles that are left when no full round
 // is, each is split along K among the blocks of a cluster, which add up their sums in shared memory, in the order of
 // their ranks: results are the same bits every run.
-#include <cuda.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+//
+// Scales. bfloat16 holds T · 2^E for every E, so there 2^E is multiplied into the operand, and one sum runs over all of
+// K. Where it does not fit the operand (float16, mantissas) the operand is the trit, and the sum of each group is scaled
+// in float32, which takes twice the registers.
 #include <stdint.h>
 
-#include <tl_templates/cuda/instruction/wgmma.h>
+#include <type_traits>
 
 namespace ternarize {
 
-// Primitives.
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-__device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-               : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-}
-
-__device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-          shared_address(to)),
-      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
-      : "memory");
-}
-
-__device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, int column, int row, int plane,
-                                         uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
-      "[%5];" ::"r"(shared_address(to)),
-      "l"(map), "r"(column), "r"(row), "r"(plane), "r"(shared_address(barrier))
-      : "memory");
-}
-
-__device__ __forceinline__ void store_box(const CUtensorMap* map, const void* from, int column, int row) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
-               "r"(column), "r"(row), "r"(shared_address(from))
-               : "memory");
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-
-// Until all but PENDING stores have read their shared memory.
-template <int PENDING>
-__device__ __forceinline__ void stores_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
-}
-
-// What ordinary stores wrote to shared memory can be read by TMA, after a barrier among the threads that wrote.
-__device__ __forceinline__ void fence_for_tma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-__device__ __forceinline__ void named_barrier(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// Stores to the same place in the shared memory of another block of the cluster.
-__device__ __forceinline__ void store_to_rank(float4* place, int rank, const float* value) {
-  uint32_t address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(place)), "r"(rank));
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(value[0]), "f"(value[1]),
-               "f"(value[2]), "f"(value[3])
-               : "memory");
-}
-
-// Stores four 8 x 8 matrices of 16-bit values transposed; lane i has the address of row i % 8 of matrix i / 8.
-__device__ __forceinline__ void store_transposed(const void* row, const uint32_t (&values)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
-               "r"(values[0]), "r"(values[1]), "r"(values[2]), "r"(values[3])
-               : "memory");
-}
-
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING>
-__device__ __forceinline__ void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
-
-// Nothing that computes the registers moves behind this, nothing that reads them before.
-template <int COUNT>
-__device__ __forceinline__ void keep(uint32_t (&registers)[COUNT]) {
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(registers[i])::"memory");
-}
-template <int COUNT>
-__device__ __forceinline__ void keep(float (&registers)[COUNT]) {
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(registers[i])::"memory");
-}
-
-// Programmatic dependent launch; no effect if the launch does not ask for it.
-__device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;"); }
-__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
-// 2^exponent for exponents from -126 to 127.
-__device__ __forceinline__ float exp2_int(int exponent) { return __int_as_float((exponent + 127) << 23); }
-
-// Arithmetic of pairs of the 16-bit operands.
-struct BFloat16 {
-  static constexpr tl::DataType WGMMA = tl::DataType::kBFloat16;
-  static constexpr uint32_t THREE = 0x40404040u;
-
-  static __device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
-    uint32_t d;
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-  }
-  static __device__ __forceinline__ uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
-    uint32_t d;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-  }
-  static __device__ __forceinline__ uint32_t round(float low, float high) {
-    uint32_t d;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-    return d;
-  }
-};
-
-struct Float16 {
-  static constexpr tl::DataType WGMMA = tl::DataType::kFloat16;
-  static constexpr uint32_t THREE = 0x42004200u;
-
-  static __device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
-    uint32_t d;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-  }
-  static __device__ __forceinline__ uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
-    uint32_t d;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-  }
-  static __device__ __forceinline__ uint32_t round(float low, float high) {
-    uint32_t d;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-    return d;
-  }
-};
-
 // The layers of a call. Pointers are null where a layer has no such tensor.
 struct Layer {
-  const CUtensorMap* T_packed;  // boxes of 32 bytes x BLOCK_N rows, swizzled by 32 bytes
-  const CUtensorMap* y;         // boxes of 64 outputs x STORE_TOKENS tokens, swizzled by 128 bytes
-  const int8_t* E;
-  const int* bias;
-  const int8_t* bias_exponent;
+  const CUtensorMap* T_packed;  // boxes of 32 bytes x 64 ROW_TILES rows (x PLANES), swizzled by 32 bytes
+  const CUtensorMap* y_boxes;   // boxes of 64 outputs x STORE_TOKENS tokens, swizzled by 128 bytes
   int N;
+  const int8_t* E;         // [N, G]
+  const void* E_mantissa;  // [N, G] of MANTISSA_BYTES each
+  const int* bias;         // [N]
+  const int8_t* bias_exponent;
+  int* status;  // [2], of a guarded call
+  uint16_t* y;  // [M, N]
 };
-
-__device__ __forceinline__ Layer layer(const CUtensorMap& T_packed, const CUtensorMap& y, const void* E, int N,
-                                       const void* bias = nullptr, const void* bias_exponent = nullptr) {
+__device__ __forceinline__ const CUtensorMap* address_of(const CUtensorMap& map) { return &map; }
+// TMA cannot store rows of y that are no multiple of 16 bytes: there is no map.
+__device__ __forceinline__ const CUtensorMap* address_of(int) { return nullptr; }
+template <typename Map>
+__device__ __forceinline__ Layer layer(const CUtensorMap& T_packed, const Map& y_boxes, int N, const void* E,
+                                       const void* E_mantissa, const void* bias, const void* bias_exponent,
+                                       void* status, void* y) {
   return {&T_packed,
-          &y,
+          address_of(y_boxes),
+          N,
           static_cast<const int8_t*>(E),
+          E_mantissa,
           static_cast<const int*>(bias),
           static_cast<const int8_t*>(bias_exponent),
-          N};
+          static_cast<int*>(status),
+          static_cast<uint16_t*>(y)};
 }
 
-// The operand A of four wgmma of 16 columns, from 16 packed bytes of a row (``half`` 0) and of the row 8 below (1).
+// Register A of wgmma for 16 columns: j of the four that 16 packed bytes hold, from the bytes of a row and of the row 8
+// below (``words``: [row][plane], the most significant trit first).
 //
 // In each 16 columns a thread has the pairs (2q, 2q + 1) and (2q + 8, 2q + 9), q its place in its quad. 16 packed bytes
 // are four planes of 16 columns, so it needs the byte pairs 2q and 2q + 8. With their bytes dealt to the word
@@ -207,23 +61,18 @@ __device__ __forceinline__ Layer layer(const CUtensorMap& T_packed, const CUtens
 // float16. So (word << shift) & 0xC000C000 is a register of A. Groups of 32 are 8 bytes of four planes of 8 columns:
 // two planes make 16 columns, and the two byte pairs belong to two groups.
 //
-// scale: 2^(E - 1) for each of the two byte pairs, which takes back the factor 2. words: [plane], the most significant
-// trit first.
-template <class Operand, int GROUP, int PLANES, bool SCALED>
-__device__ __forceinline__ void decode(const uint32_t (&words)[PLANES], const uint32_t (&scale)[2], int half,
+// scales: [row][byte pair], two bfloat16 each that are multiplied in if SCALED: 2^(E - 1), which takes back the 2.
+template <typename Float, int GROUP, int PLANES, bool SCALED>
+__device__ __forceinline__ void decode(const uint32_t (&words)[2][PLANES], const uint32_t (&scales)[2][2], int j,
                                        uint32_t* registers) {
-  auto value = [&](int pair, int field) {
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const int row = r % 2, pair = GROUP == 32 ? j / 2 : r / 2, field = GROUP == 32 ? j % 2 * 2 + r / 2 : j;
     const int shift = (pair ? 14 : 6) - 2 * field;
-    uint32_t level = (words[0] << shift) & 0xC000C000u;
+    uint32_t level = (words[row][0] << shift) & 0xC000C000u;
 #pragma unroll
-    for (int p = 1; p < PLANES; ++p)
-      level = Operand::multiply_add(level, Operand::THREE, (words[p] << shift) & 0xC000C000u);
-    return SCALED ? Operand::multiply(level, scale[pair]) : level;
-  };
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    registers[j * 4 + half] = GROUP == 32 ? value(j / 2, j % 2 * 2) : value(0, j);
-    registers[j * 4 + 2 + half] = GROUP == 32 ? value(j / 2, j % 2 * 2 + 1) : value(1, j);
+    for (int p = 1; p < PLANES; ++p) level = three_times_plus<Float>(level, (words[row][p] << shift) & 0xC000C000u);
+    registers[r] = SCALED ? multiply_bfloat16(level, scales[row][pair]) : level;
   }
 }
 
@@ -255,45 +104,66 @@ struct Exponents {
     low = next;
     next = load(E, N, first + group + (ALIGNED ? 4 : 8));
   }
-  __device__ __forceinline__ int at(uint32_t group) const { return static_cast<int>(window << (24 - group % 4 * 8)) >> 24; }
+  __device__ __forceinline__ int at(uint32_t group) const {
+    return static_cast<int>(window << (24 - group % 4 * 8)) >> 24;
+  }
 };
 
-// The kernel.
+// A mantissa of a row and group; groups past the last have the last one's.
+template <int BYTES, int G>
+__device__ __forceinline__ float mantissa_at(const void* E_mantissa, int N, int row, int group) {
+  const int64_t place = static_cast<int64_t>(min(row, N - 1)) * G + min(group, G - 1);
+  if constexpr (BYTES == 1) return __ldg(static_cast<const uint8_t*>(E_mantissa) + place);
+  if constexpr (BYTES == 2) return __ldg(static_cast<const int16_t*>(E_mantissa) + place);
+  if constexpr (BYTES == 4) return static_cast<float>(__ldg(static_cast<const int*>(E_mantissa) + place));
+  return 1;
+}
 
-// OPERAND: BFloat16 or Float16. GROUP: 32, 64, or 128 for all larger ones. g: weights a group. SLICE: columns of x a
-// row of shared memory, 32 or 64.
-template <class Operand, int K, int g, int PLANES, int BLOCK_M, int ROW_TILES, int WARPGROUPS, int STAGES, int CLUSTER,
-          int SLICE, int SHARED_BYTES, class... Layers>
+// Float: __nv_bfloat16 or __half, of x and y. GROUP_SIZE: weights a group. MANTISSA_BYTES: of an E_mantissa, or 0.
+// The others: Tile of linear_wgmma.py.
+template <typename Float, int K, int GROUP_SIZE, int PLANES, int MANTISSA_BYTES, bool GUARDED, int BLOCK_M,
+          int ROW_TILES, int WARPGROUPS, int STAGES, int CLUSTER, int SHARED_BYTES, typename... Layers>
 __device__ __forceinline__ void linear_wgmma(const CUtensorMap& x, int M, void* shared, Layers... given) {
-  constexpr bool SCALED = true;
-  constexpr int GROUP = g >= 128 ? 128 : g;
+  constexpr bool SCALED = std::is_same_v<Float, __nv_bfloat16> && MANTISSA_BYTES == 0;
+  constexpr int GROUP = GROUP_SIZE >= 128 ? 128 : GROUP_SIZE;
+  constexpr int GROUPS_PER_STEP = 128 / GROUP;
   constexpr int BLOCK_N = 64 * ROW_TILES * WARPGROUPS;
   constexpr int THREADS = 128 * WARPGROUPS;  // that compute
-  constexpr int G = (K + g - 1) / g;
+  constexpr int G = (K + GROUP_SIZE - 1) / GROUP_SIZE;
 
   // Steps of the whole groups, and of the last group if it is smaller.
-  constexpr int WHOLE = K / g, TAIL = K % g;
-  constexpr int STEPS_PER_GROUP = GROUP == 128 ? (g + 127) / 128 : 1;
+  constexpr int WHOLE = K / GROUP_SIZE, TAIL = K % GROUP_SIZE;
+  constexpr int STEPS_PER_GROUP = (GROUP_SIZE + 127) / 128;
   constexpr int STEPS = GROUP == 128 ? WHOLE * STEPS_PER_GROUP + (TAIL + 127) / 128 : (K + 127) / 128;
   static_assert(GROUP == 128 || TAIL == 0);
-  static_assert(SLICE == 32 || (g <= 128 && TAIL == 0));
+  // Columns of x in a row of shared memory: 64 where the 128 of a step are neighbours.
+  constexpr int ROW_COLUMNS = GROUP_SIZE <= 128 && TAIL == 0 ? 64 : 32;
 
-  constexpr int X_BYTES = BLOCK_M * 256, PACKED_BYTES = PLANES * BLOCK_N * 32;
+  // wgmma of 16 columns are issued in batches: while the tensor cores work on one, the operand of the next is decoded.
+  // What they add to, if scales come after, is the sum of one group.
+  constexpr int BATCH = SCALED ? 4 * ROW_TILES : GROUP == 32 ? 2 : 4;
+  constexpr int BATCHES = 8 * ROW_TILES / BATCH;
+  static_assert(BATCHES % 2 == 0);
+
+  constexpr int X_BYTES = BLOCK_M * 256, ROW_BYTES = 32;
+  constexpr int PACKED_BYTES = PLANES * BLOCK_N * ROW_BYTES, PLANE_BYTES = 64 * ROW_TILES * ROW_BYTES;
   constexpr int UNITS = ROW_TILES * BLOCK_M / 8;  // of 8 tokens and 64 outputs a warpgroup: 4 sums a thread
-  constexpr int CHUNK = UNITS / CLUSTER % 4 == 0 && BLOCK_M % 32 == 0 ? 4 : UNITS / CLUSTER % 2 == 0 && BLOCK_M % 16 == 0 ? 2 : 1;
-  constexpr int STORE_BYTES = CHUNK * 8 * 128;
-  static_assert(UNITS % CLUSTER == 0);
+  // Of a tile that is split, those that a block adds up and stores; of small tiles the last ranks have none.
+  constexpr int OWN = UNITS > CLUSTER ? UNITS / CLUSTER : 1;
+  static_assert(UNITS % OWN == 0 && UNITS <= OWN * CLUSTER);
+  // Units that are stored at once: 32 tokens, or as many as there are.
+  constexpr int STORED = OWN % 4 == 0 && BLOCK_M % 32 == 0 ? 4 : OWN % 2 == 0 ? 2 : 1;
+  constexpr int STORE_BYTES = STORED * 8 * 128;
 
   uint8_t* const s_x = static_cast<uint8_t*>(shared);
-  uint8_t* const s_y = s_x + STAGES * X_BYTES;  // [warpgroup][2]
-  uint8_t* const s_packed = s_y + WARPGROUPS * 2 * STORE_BYTES;
-  uint64_t* const full = reinterpret_cast<uint64_t*>(s_packed + STAGES * PACKED_BYTES);
+  uint8_t* const s_packed = s_x + STAGES * X_BYTES;
+  uint8_t* const s_y = s_packed + STAGES * PACKED_BYTES;  // [warpgroup][2]
+  uint64_t* const full = reinterpret_cast<uint64_t*>(s_y + WARPGROUPS * 2 * STORE_BYTES);
   uint64_t* const empty = full + STAGES;
-  constexpr int USED = STAGES * (X_BYTES + PACKED_BYTES + 16) + WARPGROUPS * 2 * STORE_BYTES;
-  static_assert(USED <= SHARED_BYTES);
+  static_assert(STAGES * (X_BYTES + PACKED_BYTES + 16) + WARPGROUPS * 2 * STORE_BYTES <= SHARED_BYTES);
   // The sums of a tile that is split, once its stages are free: [rank][unit][thread].
   float4* const s_parts = static_cast<float4*>(shared);
-  static_assert(CLUSTER == 1 || UNITS * THREADS * 16 <= STAGES * X_BYTES);
+  static_assert(CLUSTER == 1 || CLUSTER * OWN * THREADS * 16 <= STAGES * (X_BYTES + PACKED_BYTES));
 
   const int thread = threadIdx.x % 128, warpgroup = threadIdx.x / 128;
   const int warp = thread / 32, lane = threadIdx.x % 32;
@@ -305,7 +175,7 @@ __device__ __forceinline__ void linear_wgmma(const CUtensorMap& x, int M, void* 
       barrier_init(full + i, 1);
       barrier_init(empty + i, 4 * WARPGROUPS);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_ready();
   }
   __syncthreads();
 
@@ -326,7 +196,7 @@ __device__ __forceinline__ void linear_wgmma(const CUtensorMap& x, int M, void* 
   int rounds = tiles / blocks;
   if (tiles - rounds * blocks > (CLUSTER - 1) * clusters) ++rounds;
   auto work_at = [&](int item, Work& work) {
-    work.split = item >= rounds;
+    work.split = CLUSTER > 1 && item >= rounds;
     const int tile = work.split ? rounds * blocks + (item - rounds) * clusters + cluster
                                 : item * blocks + cluster * CLUSTER + rank;
     if (tile >= tiles) return false;
@@ -353,7 +223,7 @@ __device__ __forceinline__ void linear_wgmma(const CUtensorMap& x, int M, void* 
   constexpr int LOADER_REGISTERS = WARPGROUPS == 2 ? 40 : 32;
   static_assert(WARPGROUPS >= 2 && WARPGROUPS <= 4);
 
-  auto group_of = [](int step) { return GROUP == 128 ? step / STEPS_PER_GROUP : step * (128 / GROUP); };
+  auto group_of = [](int step) { return GROUP == 128 ? step / STEPS_PER_GROUP : step * GROUPS_PER_STEP; };
 
   int stage = 0;
   uint32_t phase = 0;
@@ -365,28 +235,31 @@ __device__ __forceinline__ void linear_wgmma(const CUtensorMap& x, int M, void* 
   };
 
   if (warpgroup == WARPGROUPS) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LOADER_REGISTERS));
+    give_registers<LOADER_REGISTERS>();
     Work work;
     for (int item = 0; work_at(item, work); ++item) {
       if (warp == 0 && lane == 0) {
         auto load_packed = [&](int step) {
           barrier_expect(full + stage, X_BYTES + PACKED_BYTES);
-          const int byte = step / STEPS_PER_GROUP * (STEPS_PER_GROUP * 32) + step % STEPS_PER_GROUP * 32;
-          uint8_t* const to = s_packed + stage * PACKED_BYTES;
-          if (PLANES == 1)
-            load_box(to, work.layer.T_packed, byte, work.n0, full + stage);
-          else
-            load_box(to, work.layer.T_packed, byte, work.n0, 0, full + stage);
+#pragma unroll
+          for (int i = 0; i < WARPGROUPS; ++i) {
+            uint8_t* const to = s_packed + stage * PACKED_BYTES + i * PLANES * PLANE_BYTES;
+            const int n = work.n0 + i * 64 * ROW_TILES;
+            if (PLANES == 1)
+              load_box(to, work.layer.T_packed, step * ROW_BYTES, n, full + stage);
+            else
+              load_box_of_planes(to, work.layer.T_packed, step * ROW_BYTES, n, full + stage);
+          }
         };
         auto load_x = [&](int step) {
           const int group = step / STEPS_PER_GROUP;
-          // Columns from slice to slice.
-          const int quarter = GROUP == 128 ? ((TAIL == 0 || group < WHOLE ? g : TAIL) + 3) / 4 : 32;
-          const int column = GROUP == 128 ? group * g + step % STEPS_PER_GROUP * 32 : step * 128;
+          // Columns from run to run.
+          const int quarter = ((TAIL == 0 || group < WHOLE ? GROUP_SIZE : TAIL) + 3) / 4;
+          const int column = GROUP == 128 ? group * GROUP_SIZE + step % STEPS_PER_GROUP * 32 : step * 128;
 #pragma unroll
-          for (int i = 0; i < 128 / SLICE; ++i)
-            load_box(s_x + stage * X_BYTES + i * BLOCK_M * SLICE * 2, &x, column + (SLICE == 64 ? 64 : quarter) * i,
-                     work.m0, full + stage);
+          for (int i = 0; i < 128 / ROW_COLUMNS; ++i)
+            load_box(s_x + stage * X_BYTES + i * BLOCK_M * ROW_COLUMNS * 2, &x,
+                     column + (ROW_COLUMNS == 64 ? 64 : quarter) * i, work.m0, full + stage);
         };
         int step = work.first;
         if (item == 0) {
@@ -406,29 +279,27 @@ __device__ __forceinline__ void linear_wgmma(const CUtensorMap& x, int M, void* 
         }
       }
       __syncwarp();
-      if (work.split && CLUSTER > 1) {
-        cluster_barrier();
-        cluster_barrier();
+      if (work.split) {
+        cluster_arrive();
+        cluster_wait();
+        cluster_arrive();
+        cluster_wait();
         __syncthreads();
       }
     }
     return;
   }
 
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+  take_registers<REGISTERS>();
   // Rows row and row + 8 of each of its 64; 16 bytes are swapped in every other four rows.
   const int row = warp * 16 + lane / 4;
   const int row0 = warpgroup * ROW_TILES * 64 + row;
-  const int swizzle = (lane / 16) * 16;
+  const int swizzle = lane / 16 * 16;
   int stores = 0;
 
   Work work;
   for (int item = 0; work_at(item, work); ++item) {
-    float sums[ROW_TILES][BLOCK_M / 2];
-#pragma unroll
-    for (int t = 0; t < ROW_TILES; ++t)
-#pragma unroll
-      for (int i = 0; i < BLOCK_M / 2; ++i) sums[t][i] = 0;
+    float sums[ROW_TILES][BLOCK_M / 2] = {};
     Exponents<G> exponents[ROW_TILES][2];
 #pragma unroll
     for (int t = 0; t < ROW_TILES; ++t)
@@ -438,130 +309,180 @@ __device__ __forceinline__ void linear_wgmma(const CUtensorMap& x, int M, void* 
 
     int previous = -1;
     for (int step = work.first; step < work.last; ++step, advance()) {
-      barrier_wait(full + stage, phase);
-      const uint8_t* const packed = s_packed + stage * PACKED_BYTES + row0 * 32 + lane % 4 * 2;
-      const uint32_t group = group_of(step);
-      if (group % 4 == 0 && step % STEPS_PER_GROUP == 0 && step > work.first) {
+      const int group = group_of(step);
+      if (group % 4 == 0 && (GROUP != 128 || step % STEPS_PER_GROUP == 0) && step > work.first) {
 #pragma unroll
         for (int t = 0; t < ROW_TILES; ++t)
 #pragma unroll
           for (int half = 0; half < 2; ++half) exponents[t][half].advance(work.layer.E, work.layer.N, group);
       }
-      uint32_t words[ROW_TILES][2][2][PLANES];
+      float mantissas[ROW_TILES][2][GROUPS_PER_STEP];
+      if constexpr (MANTISSA_BYTES != 0)
+#pragma unroll
+        for (int t = 0; t < ROW_TILES; ++t)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int i = 0; i < GROUPS_PER_STEP; ++i)
+              mantissas[t][half][i] = mantissa_at<MANTISSA_BYTES, G>(
+                  work.layer.E_mantissa, work.layer.N, work.n0 + row0 + t * 64 + half * 8, group + i);
+
+      barrier_wait(full + stage, phase);
+      const uint8_t* const packed =
+          s_packed + stage * PACKED_BYTES + warpgroup * PLANES * PLANE_BYTES + row * ROW_BYTES + lane % 4 * 2;
+      uint32_t words[ROW_TILES][2][2][PLANES];  // [row tile][16 bytes][row]
 #pragma unroll
       for (int t = 0; t < ROW_TILES; ++t)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int r = t * 64 + half * 8;
+        for (int i = 0; i < 2; ++i)
 #pragma unroll
-          for (int i = 0; i < 2; ++i)
+          for (int half = 0; half < 2; ++half)
 #pragma unroll
             for (int p = 0; p < PLANES; ++p) {
-              const uint8_t* const bytes = packed + (p * BLOCK_N + r) * 32 + ((i * 16) ^ swizzle);
-              words[t][half][i][p] = __byte_perm(*reinterpret_cast<const uint16_t*>(bytes),
+              const uint8_t* const bytes =
+                  packed + p * PLANE_BYTES + (t * 64 + half * 8) * ROW_BYTES + ((i * 16) ^ swizzle);
+              words[t][i][half][p] = __byte_perm(*reinterpret_cast<const uint16_t*>(bytes),
                                                  *reinterpret_cast<const uint16_t*>(bytes + 8), 0x1504);
             }
-        }
 
-      // K-major, rows of SLICE columns swizzled by their size; 8 rows from one to the next core matrix.
-      const uint64_t descriptor = (shared_address(s_x + stage * X_BYTES) >> 4) | 1ull << 16 |
-                                  static_cast<uint64_t>(SLICE) << 32 | (SLICE == 64 ? 1ull : 2ull) << 62;
-      // Two halves of the step: the operand of one is decoded while the tensor cores work on the other. They are the
-      // row tiles, or of one row tile the first and the second 16 bytes.
+      // Sums of groups that are not scaled yet, of two batches in turn.
+      float group_sums[2][SCALED ? 1 : BLOCK_M / 2];
+      auto add_group = [&](int batch) {
+        const int t = batch * BATCH / 8, i = batch * BATCH / 4 % 2;
+        const int index = GROUP == 128 ? 0 : GROUP == 64 ? i : 2 * i + batch * BATCH / 2 % 2;
+        float scales[2];
 #pragma unroll
-      for (int unit = 0; unit < 2; ++unit) {
-        constexpr int PARTS = ROW_TILES;
-        const int t = ROW_TILES == 2 ? unit : 0;
-        uint32_t a[PARTS * 16];
+        for (int half = 0; half < 2; ++half) {
+          scales[half] = half_scale(exponents[t][half].at(group + index));
+          if (MANTISSA_BYTES != 0) scales[half] *= mantissas[t][half][index];
+        }
+        if constexpr (!SCALED) {
+          keep(group_sums[batch % 2]);
 #pragma unroll
-        for (int part = 0; part < PARTS; ++part) {
-          const int i = ROW_TILES == 2 ? part : unit;
+          for (int k = 0; k < BLOCK_M / 2; ++k) sums[t][k] += scales[k / 2 % 2] * group_sums[batch % 2][k];
+        }
+      };
+
+      const uint64_t descriptor = matrix_descriptor<ROW_COLUMNS>(s_x + stage * X_BYTES);
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            uint32_t scale[2];
+      for (int batch = 0; batch < BATCHES; ++batch) {
+        // Of a tile: which 16 bytes, and which columns of them.
+        const int t = batch * BATCH / 8;
+        uint32_t a[BATCH * 4];
 #pragma unroll
-            for (int pair = 0; pair < 2; ++pair) {
-              const int index = GROUP == 128 ? 0 : GROUP == 64 ? i : 2 * i + pair;
-              // The bits of 2^(E - 1). At E = -126 it is 2^-127, which is subnormal.
-              scale[pair] = static_cast<uint32_t>(max((exponents[t][half].at(group + index) + 126) << 7, 0x0040)) * 0x00010001u;
-            }
-            decode<Operand, GROUP, PLANES, SCALED>(words[t][half][i], scale, half, a + part * 16);
+        for (int b = 0; b < BATCH; ++b) {
+          const int i = (batch * BATCH + b) / 4 % 2, j = (batch * BATCH + b) % 4;
+          uint32_t scales[2][2] = {};
+          if constexpr (SCALED) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+#pragma unroll
+              for (int pair = 0; pair < 2; ++pair) {
+                const int index = GROUP == 128 ? 0 : GROUP == 64 ? i : 2 * i + pair;
+                // The bits of 2^(E - 1) in bfloat16: half_scale of numbers.cuh.
+                scales[half][pair] =
+                    static_cast<uint32_t>(max((exponents[t][half].at(group + index) + 126) << 7, 0x0040)) * 0x00010001u;
+              }
           }
+          decode<Float, GROUP, PLANES, SCALED>(words[t][i], scales, j, a + b * 4);
         }
         keep(a);
+        float* const to = SCALED ? sums[t] : group_sums[batch % 2];
         wgmma_fence();
 #pragma unroll
-        for (int part = 0; part < PARTS; ++part) {
-          const int i = ROW_TILES == 2 ? part : unit;
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const int columns = (GROUP == 128 ? 2 * j + i : 4 * i + j) * 16;
-            const int bytes = columns / SLICE * (BLOCK_M * SLICE * 2) + columns % SLICE * 2;
-            tl::wgmma_rs<Operand::WGMMA, Operand::WGMMA, tl::DataType::kFloat32, 64, BLOCK_M, 16, false, false, 1, 1>(
-                a + part * 16 + j * 4, descriptor + bytes / 16, reinterpret_cast<uint32_t*>(sums[t]), true);
-          }
+        for (int b = 0; b < BATCH; ++b) {
+          const int i = (batch * BATCH + b) / 4 % 2, j = (batch * BATCH + b) % 4;
+          const int column = (GROUP == 128 ? 2 * j + i : 4 * i + j) * 16;
+          const int bytes = column / ROW_COLUMNS * (BLOCK_M * ROW_COLUMNS * 2) + column % ROW_COLUMNS * 2;
+          wgmma<Float, BLOCK_M>(to, a + b * 4, descriptor + bytes / 16, SCALED || b > 0);
         }
         wgmma_commit();
-        wgmma_wait<1>();
-        if (unit == 0 && previous >= 0 && lane == 0) barrier_arrive(empty + previous);
+        if (SCALED || batch > 0) wgmma_wait<1>();
+        if (!SCALED && batch > 0) add_group(batch - 1);
+        if (SCALED && batch == 0 && previous >= 0 && lane == 0) barrier_arrive(empty + previous);
+      }
+      if (!SCALED) {
+        wgmma_wait<0>();
+        add_group(BATCHES - 1);
+        if (lane == 0) barrier_arrive(empty + stage);
       }
       previous = stage;
     }
-    wgmma_wait<0>();
+    if (SCALED) {
+      wgmma_wait<0>();
 #pragma unroll
-    for (int t = 0; t < ROW_TILES; ++t) keep(sums[t]);
-    if (previous >= 0 && lane == 0) barrier_arrive(empty + previous);
+      for (int t = 0; t < ROW_TILES; ++t) keep(sums[t]);
+      if (previous >= 0 && lane == 0) barrier_arrive(empty + previous);
+    }
 
-    constexpr int OWN = UNITS / CLUSTER;
     // Rounds ``count`` units, from first_unit on, and stores them. A thread has the outputs row and row + 8 of pairs of
     // tokens.
     auto store_units = [&](auto&& value, int first_unit, auto count) {
       constexpr int COUNT = decltype(count)::value;
 #pragma unroll
-      for (int c = 0; c < COUNT / CHUNK; ++c) {
-        const int unit = first_unit + c * CHUNK;
-        const int t = unit / (BLOCK_M / 8), token = unit % (BLOCK_M / 8) * 8;
+      for (int c = 0; c < COUNT / STORED; ++c) {
+        const int unit = first_unit + c * STORED;
+        const int t = unit / (BLOCK_M / 8), m = work.m0 + unit % (BLOCK_M / 8) * 8;
         const int n = work.n0 + (warpgroup * ROW_TILES + t) * 64;
         uint8_t* const buffer = s_y + (warpgroup * 2 + stores++ % 2) * STORE_BYTES;
         float bias[2] = {};
         if (work.layer.bias != nullptr) {
-          // bias_exponent reaches -128, where 2^bias_exponent is subnormal: two normal factors instead.
-          const int exponent = *work.layer.bias_exponent, part = exponent >> 1;
 #pragma unroll
           for (int half = 0; half < 2; ++half)
-            bias[half] = static_cast<float>(work.layer.bias[min(n + row + half * 8, work.layer.N - 1)]) *
-                         exp2_int(part) * exp2_int(exponent - part);
+            bias[half] = bias_value(work.layer.bias[min(n + row + half * 8, work.layer.N - 1)],
+                                    *work.layer.bias_exponent);
         }
-        if (thread == 0) stores_read<1>();
+        // The store before this one may be reading the other buffer. If this is none of TMA, that one may be the last
+        // group even when this buffer's turn comes again, so it ends here.
+        if (thread == 0) {
+          if (work.layer.y_boxes != nullptr)
+            stores_read<1>();
+          else
+            stores_read<0>();
+        }
         named_barrier(1 + warpgroup, 128);
 #pragma unroll
-        for (int u = 0; u < CHUNK; u += 2) {
+        for (int u = 0; u < STORED; u += 2) {
           uint32_t matrices[4];
+          bool finite = true;
 #pragma unroll
-          for (int m = 0; m < 4; ++m) {
-            const int i = ((c * CHUNK + min(u + m / 2, CHUNK - 1)) * 4) + m % 2 * 2;
-            matrices[m] = Operand::round(value(i) + bias[m % 2], value(i + 1) + bias[m % 2]);
+          for (int k = 0; k < 4; ++k) {
+            const int i = (c * STORED + min(u + k / 2, STORED - 1)) * 4 + k % 2 * 2;
+            matrices[k] = rounded_pair<Float>(value(i) + bias[k % 2], value(i + 1) + bias[k % 2]);
+            finite &= is_finite_pair<Float>(matrices[k]);
           }
-          const int to = min(u + lane / 16, CHUNK - 1) * 8 + lane % 8;
+          if (GUARDED && !finite) report_nonfinite(work.layer.status);
+          const int to = min(u + lane / 16, STORED - 1) * 8 + lane % 8;
           const int column = warp * 2 + lane / 8 % 2;
           store_transposed(buffer + to * 128 + (column ^ (lane % 8)) * 16, matrices);
         }
-        fence_for_tma();
-        named_barrier(1 + warpgroup, 128);
-        if (thread == 0) store_box(work.layer.y, buffer, n, work.m0 + token);
+        if (work.layer.y_boxes != nullptr) {
+          fence_for_tma();
+          named_barrier(1 + warpgroup, 128);
+          if (thread == 0) store_box(work.layer.y_boxes, buffer, n, m);
+        } else {
+          named_barrier(1 + warpgroup, 128);
+          for (int i = thread; i < STORED * 8 * 64; i += 128) {
+            const int token = i / 64, output = i % 64;
+            const int at = token * 128 + (output / 8 ^ token % 8) * 16 + output % 8 * 2;
+            if (m + token < M && n + output < work.layer.N)
+              work.layer.y[static_cast<int64_t>(m + token) * work.layer.N + n + output] =
+                  *reinterpret_cast<const uint16_t*>(buffer + at);
+          }
+        }
       }
     };
 
-    if (CLUSTER > 1 && work.split) {
+    if (work.split) {
       // Every block of the cluster is through with its stages.
-      cluster_barrier();
+      cluster_arrive();
+      cluster_wait();
 #pragma unroll
-      for (int unit = 0; unit < UNITS; ++unit) {
-        const int to = unit / OWN;
-        store_to_rank(s_parts + (rank * OWN + unit % OWN) * THREADS + threadIdx.x, to,
+      for (int unit = 0; unit < UNITS; ++unit)
+        store_to_rank(s_parts + (rank * OWN + unit % OWN) * THREADS + threadIdx.x, unit / OWN,
                       sums[unit / (BLOCK_M / 8)] + unit % (BLOCK_M / 8) * 4);
-      }
-      cluster_barrier();
+      cluster_arrive();
+      cluster_wait();
       float own[OWN * 4];
 #pragma unroll
       for (int unit = 0; unit < OWN; ++unit) {
@@ -582,7 +503,8 @@ __device__ __forceinline__ void linear_wgmma(const CUtensorMap& x, int M, void* 
       // The next tile's loads overwrite the parts.
       fence_for_tma();
       __syncthreads();
-      store_units([&](int i) { return own[i]; }, rank * OWN, std::integral_constant<int, OWN>());
+      if (rank * OWN < UNITS)
+        store_units([&](int i) { return own[i]; }, rank * OWN, std::integral_constant<int, OWN>());
     } else {
       store_units([&](int i) { return sums[i / (BLOCK_M / 2)][i % (BLOCK_M / 2)]; }, 0,
                   std::integral_constant<int, UNITS>());

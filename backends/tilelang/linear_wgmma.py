@@ -1,101 +1,129 @@
-# mypy: disable-error-code="valid-type, untyped-decorator, no-untyped-def"
+# mypy: disable-error-code="valid-type, untyped-decorator, no-untyped-def, no-untyped-call"
 # TileLang is untyped, and its kernels are annotated with buffers, which are values.
 """The program of `ternarize.backends.tilelang.linear` on wgmma, for any number of tokens: linear_wgmma.cuh."""
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import tilelang.language as T
 
-from ternarize.backends.tilelang.hopper import CLUSTERS
-from ternarize.backends.tilelang.layers import Dtype, LayerShape, call_arguments
+from ternarize.backends.tilelang.hopper import CLUSTERS, SHARED_BYTES
+from ternarize.backends.tilelang.layers import MANTISSA_BYTES, Dtype, LayerShape, call_arguments, pointer
 
-SOURCE = Path(__file__).with_name("linear_wgmma.cuh").read_text()
+SOURCE = "".join(
+    Path(__file__).with_name(name).read_text()
+    for name in ("hopper.cuh", "numbers.cuh", "wgmma.cuh", "linear_wgmma.cuh")
+)
 
-#: Of cuTensorMapEncodeTiled: CUtensorMapDataType, and the swizzles of 32, 64 and 128 bytes.
-_TMA_DTYPE = {"uint8": 0, "float16": 6, "bfloat16": 9}
+#: Of cuTensorMapEncodeTiled: CUtensorMapDataType with the bytes of an element, the swizzles of 32, 64 and 128 bytes,
+#: and the promotion of what is missing in L2 to 128 bytes.
+_TMA_TYPE = {"uint8": (0, 1), "float16": (6, 2), "bfloat16": (9, 2)}
 _TMA_SWIZZLE = {32: 1, 64: 2, 128: 3}
+_TMA_L2_128_BYTES = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tile:
-    """How linear_wgmma.cuh shares out the work."""
+    """How linear_wgmma.cuh shares out the work; its template arguments, in their order."""
 
     BLOCK_M: int
     """Tokens of a tile, a multiple of 16."""
     ROW_TILES: int
     """64 outputs each, of a warpgroup: 1 or 2."""
     WARPGROUPS: int
-    """That compute, beside the one that loads."""
+    """That compute, beside the one that loads: 2, 3 or 4."""
     STAGES: int
     """Steps of 128 weights along K that are in flight."""
     CLUSTER: int = 1
     """Blocks among which K is split for the tiles that are left over: 1, 2, 4 or 8."""
-    SLICE: int = 32
-    """Columns of x a row of shared memory."""
-    L2: int = 2
 
     @property
     def BLOCK_N(self) -> int:
+        """Outputs of a tile."""
         return 64 * self.ROW_TILES * self.WARPGROUPS
 
     @property
-    def store_tokens(self) -> int:
-        """Tokens that are stored at once: 32, or what 16-byte rows of a part of the tile come to."""
-        units = self.ROW_TILES * self.BLOCK_M // 8 // self.CLUSTER
+    def stored_tokens(self) -> int:
+        """Tokens that a warpgroup stores at once: STORED of the kernel."""
+        units = max(self.ROW_TILES * self.BLOCK_M // 8 // self.CLUSTER, 1)
         return 8 * math.gcd(4, units, self.BLOCK_M // 8)
 
+    def x_box(self, K: int, g: int) -> tuple[int, int]:
+        """Tokens and columns of x that TMA loads at once; the columns are ROW_COLUMNS of the kernel."""
+        return self.BLOCK_M, 64 if g <= 128 and K % g == 0 else 32
+
+    def packed_box(self, planes: int) -> tuple[int, ...]:
+        """Planes, if several, rows and bytes of T_packed that TMA loads at once."""
+        return (64 * self.ROW_TILES, 32) if planes == 1 else (planes, 64 * self.ROW_TILES, 32)
+
+    def y_box(self) -> tuple[int, int]:
+        """Tokens and outputs of y that TMA stores at once."""
+        return self.stored_tokens, 64
+
     def shared_bytes(self, planes: int) -> int:
-        """Shared memory of a block."""
-        stage = self.BLOCK_M * 256 + self.BLOCK_N * 32 * planes + 16
-        return self.STAGES * stage + self.WARPGROUPS * 2 * self.store_tokens * 128
+        """Shared memory of a block: its stages, and two buffers of y a warpgroup."""
+        return self.STAGES * self.stage_bytes(planes) + self.WARPGROUPS * 2 * self.stored_tokens * 128
+
+    def stage_bytes(self, planes: int) -> int:
+        """Of a step: x, packed trits and two barriers."""
+        return self.BLOCK_M * 256 + self.BLOCK_N * 32 * planes + 16
 
 
-def _tensor_map(buffer: Any, box: tuple[int, ...], swizzle: int, l2: int = 2) -> Any:
-    """A TMA descriptor of a row-major buffer, for boxes that are given innermost dimension last."""
-    shape = list(reversed(buffer.shape))
-    strides, stride = (
-        [],
-        buffer.dtype.bits // 8 if hasattr(buffer.dtype, "bits") else {"uint8": 1}.get(str(buffer.dtype), 2),
-    )
-    for extent in shape:
-        strides.append(T.cast(stride, "int64") if not isinstance(stride, int) else stride)
-        stride = stride * extent
-    return T.create_tma_descriptor(
-        _TMA_DTYPE[str(buffer.dtype)],
-        len(shape),
-        buffer.data,
-        *shape,
-        *strides,
-        *reversed(box),
-        *(1 for _ in shape),
-        0,
-        _TMA_SWIZZLE[swizzle],
-        l2,
-        0,
-    )
-
-
-def wgmma_program(
-    layers: Sequence[LayerShape],
-    K: int,
-    g: int,
-    dtype: Dtype,
-    *,
-    guarded: bool,
-    tile: Tile,
-) -> Any:
-    """The program for the layers of a call and any number of tokens.
+def _tensor_map(buffer: Any, box: tuple[int, ...]) -> Any:
+    """A TMA descriptor of a row-major buffer, whose last dimension TMA counts first.
 
     Args:
-        layers: of the call, with as many planes each.
-        K: in_features.
-        g: weights a scale group.
+        buffer: of TileLang.
+        box: what is copied at once, its shape; it is swizzled by the bytes of its rows: 32, 64 or 128.
+    """
+    tma_type, stride = _TMA_TYPE[str(buffer.dtype)]
+    swizzle = _TMA_SWIZZLE[box[-1] * stride]
+    strides = []
+    for extent in reversed(buffer.shape):
+        strides.append(stride)
+        stride *= extent
+    return T.create_tma_descriptor(
+        tma_type,
+        len(box),
+        buffer.data,
+        *reversed(buffer.shape),
+        *strides,
+        *reversed(box),
+        *(1 for _ in box),
+        0,
+        swizzle,
+        _TMA_L2_128_BYTES,
+        0,
+    )
+
+
+def wgmma_function(layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, *, guarded: bool, tile: Tile) -> str:
+    """The instance of linear_wgmma.cuh for a call; arguments as of `wgmma_program`."""
+    parameters = (
+        "__nv_bfloat16" if dtype == "bfloat16" else "__half",
+        K,
+        g,
+        layers[0].planes,
+        MANTISSA_BYTES[layers[0].mantissa],
+        str(guarded).lower(),
+        *dataclasses.astuple(tile),
+        tile.shared_bytes(layers[0].planes),
+    )
+    return f"ternarize::linear_wgmma<{', '.join(map(str, parameters))}>"
+
+
+def wgmma_program(layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, *, guarded: bool, tile: Tile) -> Any:
+    """The program for any number of tokens.
+
+    Args:
+        layers: of the call, with as many planes and the same mantissa each.
+        K: in_features, a multiple of 64.
+        g: weights a scale group: 32 or 64 if that divides K, a multiple of 128, or K.
         dtype: of x and y.
-        guarded: whether there is a status for each layer.
+        guarded: whether values that are not finite are reported in the status of their layer.
         tile: how the work is shared out.
 
     Returns:
@@ -103,40 +131,40 @@ def wgmma_program(
     """
     planes = layers[0].planes
     shared_bytes = tile.shared_bytes(planes)
-    parameters = (K, g, planes, tile.BLOCK_M, tile.ROW_TILES, tile.WARPGROUPS, tile.STAGES, tile.CLUSTER, tile.SLICE)
-    operand = {"bfloat16": "ternarize::BFloat16", "float16": "ternarize::Float16"}[dtype]
-    function = f"ternarize::linear_wgmma<{operand}, {', '.join(map(str, parameters))}, {shared_bytes}>"
-    blocks = CLUSTERS[tile.CLUSTER] * tile.CLUSTER
-    packed_box = (tile.BLOCK_N, 32) if planes == 1 else (planes, tile.BLOCK_N, 32)
+    function = wgmma_function(layers, K, g, dtype, guarded=guarded, tile=tile)
 
-    def layer_argument(buffers):
+    def layer_argument(layer, tensors):
+        # TMA stores rows that are a multiple of 16 bytes.
+        y_boxes = _tensor_map(tensors.y, tile.y_box()) if layer.N % 8 == 0 else 0
         return T.call_extern(
             "handle",
             "ternarize::layer",
-            _tensor_map(buffers.T_packed, packed_box, 32, tile.L2),
-            _tensor_map(buffers.y, (tile.store_tokens, 64), 128),
-            T.access_ptr(buffers.E[0, 0], "r"),
-            buffers.E.shape[0],
-            *(
-                (T.access_ptr(buffers.bias[0], "r"), T.access_ptr(buffers.bias_exponent[0], "r"))
-                if buffers.bias is not None
-                else ()
-            ),
+            _tensor_map(tensors.T_packed, tile.packed_box(planes)),
+            y_boxes,
+            layer.N,
+            pointer(tensors.E, "r"),
+            pointer(tensors.E_mantissa, "r"),
+            pointer(tensors.bias, "r"),
+            pointer(tensors.bias_exponent, "r"),
+            pointer(tensors.status, "rw"),
+            pointer(tensors.y, "w"),
         )
 
     @T.prim_func
     def ternary_linear_wgmma():
         x, buffers = call_arguments(layers, K, g, dtype, guarded=guarded)
-        with T.Kernel(blocks, threads=128 * (tile.WARPGROUPS + 1), cluster_dims=tile.CLUSTER):
+        with T.Kernel(
+            CLUSTERS[tile.CLUSTER] * tile.CLUSTER, threads=128 * (tile.WARPGROUPS + 1), cluster_dims=tile.CLUSTER
+        ):
             T.import_source(SOURCE)
             shared = T.alloc_shared((shared_bytes,), T.uint8)
             T.call_extern(
                 "handle",
                 function,
-                _tensor_map(x, (tile.BLOCK_M, tile.SLICE), 2 * tile.SLICE),
+                _tensor_map(x, tile.x_box(K, g)),
                 x.shape[0],
                 T.access_ptr(shared[0], "rw"),
-                *[layer_argument(each) for each in buffers],
+                *(layer_argument(layer, tensors) for layer, tensors in zip(layers, buffers, strict=True)),
             )
             # The function has waited already: what TileLang launches as dependent is a kernel in which it sees a wait.
             T.pdl_sync()
@@ -144,10 +172,72 @@ def wgmma_program(
     return ternary_linear_wgmma
 
 
-def choose_wgmma_tile(M: int, layers: Sequence[LayerShape], K: int, g: int, dtype: Dtype) -> Tile:
-    """The sizes of linear_wgmma.cuh for M tokens."""
-    if M <= 32:
-        return Tile(BLOCK_M=32, ROW_TILES=2, WARPGROUPS=2, STAGES=10, CLUSTER=8)
-    if M <= 64:
-        return Tile(BLOCK_M=64, ROW_TILES=2, WARPGROUPS=2, STAGES=8, CLUSTER=4)
-    return Tile(BLOCK_M=128, ROW_TILES=2, WARPGROUPS=2, STAGES=5, CLUSTER=2)
+#: Microseconds that a block takes for a step along K, by BLOCK_M, ROW_TILES and WARPGROUPS; those of a launch; of the
+#: start and end of a tile of 128 tokens and row tiles, and what adding up its parts costs beyond that. Least squares
+#: over 307 timings of 8 layers, 16 to 4096 tokens, on an H100 (docs/benchmarks.md): 7 % of each.
+_STEP = {
+    (16, 1, 2): 0.41,
+    (16, 1, 4): 0.60,
+    (16, 2, 2): 0.61,
+    (16, 2, 4): 1.11,
+    (32, 1, 2): 0.43,
+    (64, 1, 2): 0.46,
+    (64, 1, 3): 0.69,
+    (64, 1, 4): 0.87,
+    (64, 2, 2): 0.80,
+    (128, 1, 2): 0.65,
+    (128, 1, 3): 0.96,
+    (128, 1, 4): 1.33,
+    (192, 1, 3): 1.41,
+    (256, 1, 2): 1.24,
+}
+_LAUNCH, _TILE, _SPLIT = 2.3, 2.0, 0.2
+
+#: Sums that a thread has room for where those of groups are kept apart, by WARPGROUPS.
+_MOST_SUMS = {2: 160, 3: 96, 4: 48}
+
+#: Steps in flight, at most; and at least, to hide the latency of memory.
+_MOST_STAGES, _LEAST_STAGES = 12, 3
+
+
+def wgmma_tiles(layers: tuple[LayerShape, ...], dtype: Dtype) -> Iterator[Tile]:
+    """The sizes of linear_wgmma.cuh that fit the shared memory and the registers of a block, whatever the tokens."""
+    # SCALED of the kernel.
+    scaled = dtype == "bfloat16" and layers[0].mantissa is None
+    for BLOCK_M, ROW_TILES, WARPGROUPS in _STEP:
+        sums = BLOCK_M // 2 * (ROW_TILES + 2)
+        if not scaled and sums > _MOST_SUMS[WARPGROUPS]:
+            continue
+        for CLUSTER in CLUSTERS:
+            tile = Tile(BLOCK_M=BLOCK_M, ROW_TILES=ROW_TILES, WARPGROUPS=WARPGROUPS, STAGES=0, CLUSTER=CLUSTER)
+            rest = SHARED_BYTES - tile.shared_bytes(layers[0].planes)
+            STAGES = min(rest // tile.stage_bytes(layers[0].planes), _MOST_STAGES)
+            if STAGES >= _LEAST_STAGES:
+                yield dataclasses.replace(tile, STAGES=STAGES)
+
+
+def choose_wgmma_tile(M: int, layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype) -> Tile:
+    """The sizes of linear_wgmma.cuh for M tokens: those with the least `estimated_microseconds`."""
+    return min(wgmma_tiles(layers, dtype), key=lambda tile: estimated_microseconds(tile, M, layers, K, g))
+
+
+def estimated_microseconds(tile: Tile, M: int, layers: tuple[LayerShape, ...], K: int, g: int) -> float:
+    """How long a call takes: rounds of whole tiles, then tiles whose steps a cluster shares, as the kernel does it.
+
+    Only to compare tiles: for many tokens clocks fall, and all take longer.
+    """
+    tiles = sum(-(-layer.N // tile.BLOCK_N) for layer in layers) * -(-M // tile.BLOCK_M)
+    clusters = CLUSTERS[tile.CLUSTER]
+    rounds, left = divmod(tiles, clusters * tile.CLUSTER)
+    if left > (tile.CLUSTER - 1) * clusters:
+        rounds, left = rounds + 1, 0
+    shared_rounds = -(-left // clusters)
+    # A last group that is smaller has steps of its own.
+    steps = K // g * -(-g // 128) + -(-(K % g) // 128) if g >= 128 else -(-K // 128)
+    step = _STEP[tile.BLOCK_M, tile.ROW_TILES, tile.WARPGROUPS]
+    size = tile.BLOCK_M * tile.ROW_TILES / 128
+    return (
+        _LAUNCH
+        + rounds * (steps * step + size * _TILE)
+        + shared_rounds * (-(-steps // tile.CLUSTER) * step + size * (_TILE + _SPLIT))
+    )

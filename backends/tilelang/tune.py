@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ternarize import ops
 from ternarize.backends.tilelang.build import Kernel, Program, start
-from ternarize.backends.tilelang.hopper import SHARED_BYTES
 from ternarize.backends.tilelang.layers import Dtype, LayerShape
 from ternarize.backends.tilelang.linear import heuristic_tile
 from ternarize.backends.tilelang.linear_decode import decode_tiles
-from ternarize.backends.tilelang.linear_wgmma import choose_wgmma_tile
-from ternarize.backends.tilelang.tuned import MOST_TOKENS, AnyTile, Key, bucket
+from ternarize.backends.tilelang.linear_int8_wgmma import Int8Tile
+from ternarize.backends.tilelang.linear_wgmma import estimated_microseconds, wgmma_tiles
+from ternarize.backends.tilelang.tuned import AnyTile, Key, bucket
 from ternarize.bench.contenders import EXPONENTS, TOLERANCE
 from ternarize.bench.linear import sample_rows
 from ternarize.bench.timing import Pass, copies_needed, record, time_in_turns
@@ -26,6 +26,9 @@ from ternarize.packing import largest_level
 
 #: A tile that is faster than the heuristic's by less than this share is noise, and one more kernel to compile.
 LEAST_GAIN = 0.03
+
+#: Tiles of the wgmma kernel that are timed: estimates are right within 15 %.
+MOST_WGMMA_TILES = 8
 
 #: Of timing, for one call and number of tokens, all tiles together.
 SECONDS = 0.2
@@ -48,18 +51,10 @@ class Tuned:
 
 
 def candidates(M: int, layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype) -> list[AnyTile]:
-    """Tiles for M tokens, the heuristic's first.
-
-    All that fit of the decode kernel; of the other those that the heuristic has for these layers at any number of
-    tokens, with K split over every size of a cluster.
-    """
-    wgmma = [
-        dataclasses.replace(choose_wgmma_tile(1 << power, layers, K, g, dtype), CLUSTER=cluster)
-        for power in range(MOST_TOKENS.bit_length())
-        for cluster in (1, 2, 4, 8)
-    ]
-    fitting = [tile for tile in wgmma if tile.shared_bytes(layers[0].planes) <= SHARED_BYTES]
-    return list(dict.fromkeys((heuristic_tile(M, layers, K, g, dtype), *decode_tiles(M, layers, K, g), *fitting)))
+    """Tiles for M tokens, the heuristic's first: all that fit of the decode kernel, the most promising of the other."""
+    wgmma = sorted(wgmma_tiles(layers, dtype), key=lambda tile: estimated_microseconds(tile, M, layers, K, g))
+    tiles = (heuristic_tile(M, layers, K, g, dtype), *decode_tiles(M, layers, K, g), *wgmma[:MOST_WGMMA_TILES])
+    return list(dict.fromkeys(tiles))
 
 
 def tuning_programs(program: Program, tokens: Iterable[int]) -> dict[int, list[Program]]:
@@ -117,6 +112,7 @@ def tune_call(
         }
         if seconds:
             best = min(seconds, key=lambda program: seconds[program])
+            assert not isinstance(best.tile, Int8Tile)  # none of `candidates`
             key = Key(layers=best.layers, K=best.K, g=best.g, dtype=best.dtype, tokens=M)
             yield Tuned(key=key, tile=best.tile, seconds=seconds[best], heuristic_seconds=seconds.get(of_call[0]))
 

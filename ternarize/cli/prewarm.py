@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from rich.table import Table
@@ -15,7 +15,7 @@ from rich.table import Table
 from ternarize.backends.tilelang import CAPABILITY, WITHOUT_NVCC, finds_nvcc
 from ternarize.calls import Call, calls_of_folder, calls_of_shapes
 from ternarize.cli.output import Output
-from ternarize.config import TernaryConfig, kernels_policy
+from ternarize.config import Activation, TernaryConfig, kernels_policy
 from ternarize.errors import ConfigError, ShapeError
 from ternarize.prewarm import Built, PlannedCall, build_all, default_jobs, plan_call, warm_triton
 
@@ -54,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--planes", type=int, choices=(1, 2, 3), default=1, help="of shapes and dense folders: trit planes (default 1)"
+    )
+    parser.add_argument(
+        "--activation",
+        choices=get_args(Activation),
+        default="float",
+        help="of shapes and dense folders: how layers take x (default float)",
     )
     parser.add_argument(
         "--jobs", type=_jobs, default=default_jobs(), help="kernels compiled at a time (default: one a CPU)"
@@ -102,7 +108,9 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
 
 def _calls(arguments: argparse.Namespace) -> list[Call]:
     try:
-        config = TernaryConfig(planes=arguments.planes, group_size=arguments.group_size)
+        config = TernaryConfig(
+            planes=arguments.planes, group_size=arguments.group_size, activation=arguments.activation
+        )
     except ShapeError as error:
         # Here a wrong group size is a wrong call.
         raise ConfigError(f"--group-size: {error}") from None
@@ -120,9 +128,9 @@ def _tune(planned: list[PlannedCall], arguments: argparse.Namespace, gpu: str, o
     from ternarize.backends.tilelang.tune import tune_call, tuning_programs
     from ternarize.backends.tilelang.tuned import save
 
-    programs = {
-        each.call: tuning_programs(next(iter(each.programs)), arguments.tokens) for each in planned if each.programs
-    }
+    # Calls with int8 activations keep the heuristics' tiles.
+    tunable = [each for each in planned if each.programs and each.call[0].config.activation == "float"]
+    programs = {each.call: tuning_programs(next(iter(each.programs)), arguments.tokens) for each in tunable}
     _build(
         (program for of_call in programs.values() for of_tokens in of_call.values() for program in of_tokens),
         arguments.jobs,
@@ -165,6 +173,7 @@ def _call_report(planned: PlannedCall) -> dict[str, Any]:
         "in_features": first.in_features,
         "group_size": first.config.group_size,
         "planes": [layer.config.planes for layer in planned.call],
+        "activation": first.config.activation,
         "backend": planned.choice.backend,
         "reason": planned.choice.reason,
         "kernels": [

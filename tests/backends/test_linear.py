@@ -128,7 +128,7 @@ def facts(device: str, capability: tuple[int, int], dtype: torch.dtype) -> Facts
         out_features=(8,),
         planes=(1,),
         group_size=4,
-        mantissa=False,
+        mantissas=(None,),
     )
 
 

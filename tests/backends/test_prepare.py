@@ -13,9 +13,10 @@ pytest.importorskip("tilelang", reason="TileLang is for Linux")
 from ternarize import ternarize
 from ternarize.backends import compiler
 from ternarize.backends.select import Choice
-from ternarize.backends.tilelang import build, linear
+from ternarize.backends.tilelang import build, host, linear
 from ternarize.backends.tilelang.build import Program
 from ternarize.backends.tilelang.linear_decode import DecodeTile
+from ternarize.config import Activation, TernaryConfig
 from tests.backends.kit import random_weights
 
 
@@ -37,15 +38,16 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
     """The programs that are begun, in a compiler that takes this machine for one with Hopper."""
     programs: list[Program] = []
     monkeypatch.setattr(compiler, "choose_node", lambda *_: Choice("tilelang", "said the test"))
-    monkeypatch.setattr(linear, "_gpu", lambda _: None)
+    monkeypatch.setattr(host, "gpu_name", lambda _: None)
     monkeypatch.setattr(build, "start", programs.append)
     torch._dynamo.reset()
     return programs
 
 
-def compiled(**options: Any) -> Any:
+def compiled(*, activation: Activation = "float", **options: Any) -> Any:
     torch.manual_seed(0)
-    model = ternarize(Attention(), trainable=False).to(torch.bfloat16)
+    config = TernaryConfig(activation=activation)
+    model = ternarize(Attention(), config, trainable=False).to(torch.bfloat16)
     return torch.compile(model, backend="ternary", **options)
 
 
@@ -62,6 +64,14 @@ def test_all_kernels_of_a_graph_are_begun_when_it_is_compiled(started: list[Prog
     assert (first.K, first.g, first.dtype, first.guarded) == (128, 128, "bfloat16", True)
     assert (second.K, second.g) == (64, 64)
     assert first.tile == linear.choose_tile(120, first.layers, 128, 128, "bfloat16", None)
+
+
+def test_kernels_for_int8_activations_are_begun_too(started: list[Program]) -> None:
+    with torch.no_grad():
+        compiled(activation="int8", dynamic=True)(torch.randn(40, 128, dtype=torch.bfloat16))
+    # On wgmma one kernel a layer, for the one token of decoding one for both that share x.
+    assert [outputs(program) for program in started] == [[64], [32], [64, 32], [128], [128]]
+    assert {(program.activation, program.dtype, program.guarded) for program in started} == {("int8", "bfloat16", True)}
 
 
 def test_a_dynamic_number_of_tokens_begins_decoding_of_one_too(started: list[Program]) -> None:
@@ -82,8 +92,8 @@ def test_a_kernel_is_built_once_and_its_failure_raised_where_it_is_called(monkey
 
     monkeypatch.setattr(build, "compile_program", compile_program)
     monkeypatch.setattr(build, "_kernels", {})
-    layers = linear.layer_shapes([torch.empty(2, 48, 32, dtype=torch.uint8)], [None], [None])
-    program = linear.program_for(1, layers, 128, -1, torch.float16, guarded=False, gpu=None)
+    layers = host.layer_shapes([torch.empty(2, 48, 32, dtype=torch.uint8)], [None], [None])
+    (program,) = linear.programs_for(1, layers, 128, -1, torch.float16, guarded=False, gpu=None)
     assert build.start(program) is build.start(program)
     with pytest.raises(RuntimeError, match="no space left"):
         build.start(program).result()
@@ -119,7 +129,7 @@ def test_a_call_is_one_launch_of_all_its_layers(guarded: bool, monkeypatch: pyte
         return future
 
     monkeypatch.setattr(build, "start", start)
-    monkeypatch.setattr(linear, "_gpu", lambda _: None)
+    monkeypatch.setattr(host, "gpu_name", lambda _: None)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     T_packed, E, bias, bias_exponent = columns
     outputs = linear.linear(x, T_packed, E, mantissa, bias, bias_exponent, status, 64)

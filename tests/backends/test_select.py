@@ -19,7 +19,7 @@ ON_GPU = Facts(
     out_features=(64,),
     planes=(1,),
     group_size=128,
-    mantissa=False,
+    mantissas=(None,),
 )
 
 

@@ -1,7 +1,6 @@
 """What the TileLang kernels compute, on a Hopper GPU."""
 
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
@@ -77,7 +76,7 @@ both_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], 
 @pytest.mark.parametrize("M", [1, 3, 16, 17, 64, 65, 257])
 @pytest.mark.parametrize(
     ("N", "K", "g"),
-    [(333, 96, 32), (77, 576, 64), (1000, 1024, 128), (129, 512, 256), (64, 128, ROW)],
+    [(333, 192, 32), (77, 576, 64), (1000, 1024, 128), (129, 704, 256), (64, 128, ROW)],
 )
 def test_linear_equals_float64(dtype: torch.dtype, M: int, N: int, K: int, g: int) -> None:
     torch.manual_seed(0)
@@ -163,23 +162,6 @@ def test_groups_of_128_hold_over_the_whole_range_of_exponents(M: int) -> None:
     x = torch.randn(M, K, device="cuda") * exp2_exact(-E.clamp(-115, 124)).cuda().repeat_interleave(g)
     layer = Layer.random(N, K, g, E=(E + torch.randint(-1, 2, (N, K // g))).clamp(-126, 127))
     _assert_right(_run(x.bfloat16(), layer)[0], x.bfloat16(), layer)
-
-
-@both_dtypes
-@pytest.mark.parametrize("split", [2, 4, 8])
-@pytest.mark.parametrize("M", [13, 64, 130])
-def test_split_k_equals_float64(dtype: torch.dtype, split: int, M: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ternarize.backends.tilelang import linear as module
-    from ternarize.backends.tilelang.linear_wgmma import TILES
-
-    def split_tile(*_: object) -> Any:
-        return dataclasses.replace(TILES[1 if M <= 64 else 2], split=split)
-
-    monkeypatch.setattr(module, "choose_tile", split_tile)
-    torch.manual_seed(0)
-    layer = Layer.random(333, 2048, 128, bias_exponent=-31)
-    x = _x(M, 2048, dtype=dtype)
-    _assert_right(_run(x, layer)[0], x, layer)
 
 
 def test_no_tokens_give_an_empty_result() -> None:

@@ -1,9 +1,11 @@
 """The TileLang kernels of `linear_int8`: what is compiled, without a GPU, and what they compute, on a Hopper GPU."""
 
+import contextlib
 import dataclasses
 import re
 import shutil
 import subprocess
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -62,25 +64,23 @@ def test_packed_bytes_are_the_operand_that_the_wgmma_kernel_takes_them_for(g: in
                 assert _bytes(register) == columns[plane * words + i]
 
 
-def test_packed_bytes_are_the_operand_that_the_decode_kernel_takes_them_for() -> None:
-    T = torch.randint(-1, 2, (1, 128), dtype=torch.int8)
-    packed = pack(T, 128)[0]
-    for lane in range(4):
-        for i in range(2):
-            word = _word(packed, 8 * lane + 4 * i)
-            for plane in range(4):
-                first = 32 * plane + 8 * lane + 4 * i
-                assert _bytes((word << (6 - 2 * plane)) & 0xC0C0C0C0) == (T[0, first : first + 4] * 64).tolist()
-
-
-def test_a_sum_of_a_group_is_read_as_float_without_rounding() -> None:
-    # In units of 1/64, from the bits of 1.5 · 2^17; 128 products of 64 and 128 are the largest sum.
-    sums = torch.tensor([0, 64, -64, 2**20, -(2**20), 640], dtype=torch.int32)
-    floats = (sums + 0x48400000).view(torch.float32) - 196608.0
-    assert torch.equal(floats, sums / 64)
-
-
-def test_verify_knows_how_long_an_int32_sum_may_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"in_features": 2**17}, "in_features is 131072, int8 products need fewer than 131072"),
+        ({"planes": (1, 2)}, "layers of one call have 1 and 2 trit planes"),
+        ({"planes": (2,)}, "int8 activations need one trit plane"),
+        ({"mantissas": (torch.int16,)}, "int8 activations need one trit plane, and scales that are powers of two"),
+        (
+            {"group_size": 512},
+            "group_size is 512 at in_features 130944, int8 activations need one that divides it: 32, 64, 128, 256",
+        ),
+        ({"in_features": 192}, "group_size is 128 at in_features 192, int8 activations need one that divides it: "),
+    ],
+)
+def test_verify_says_what_int8_activations_need(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: dict[str, Any], reason: str
+) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "nvcc").touch()
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
@@ -92,14 +92,12 @@ def test_verify_knows_how_long_an_int32_sum_may_be(monkeypatch: pytest.MonkeyPat
         out_features=(64,),
         planes=(1,),
         group_size=128,
-        mantissa=False,
+        mantissas=(None,),
     )
     assert backend.verify("linear_int8", facts)[0]
-    facts = dataclasses.replace(facts, in_features=2**17)
-    assert backend.verify("linear", facts)[0]
-    ok, reason = backend.verify("linear_int8", facts)
+    ok, got = backend.verify("linear_int8", dataclasses.replace(facts, **change))
     assert not ok
-    assert "in_features is 131072" in reason
+    assert got.startswith(reason)
 
 
 # What is compiled.
@@ -126,62 +124,106 @@ def _compile(program: Any, folder: Path) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("M", "N", "K", "g", "has_bias"),
-    [(64, 333, 1536, 64, True), (4096, 4096, 4096, 128, False), (17, 77, 96, 32, True)],
+    ("M", "N", "K", "g", "has_bias", "guarded"),
+    [
+        (64, 333, 1536, 64, True, True),
+        (4096, 4096, 4096, 128, False, True),
+        (64, 4096, 4096, 128, True, False),
+        (17, 77, 192, 32, True, False),
+    ],
 )
 def test_the_wgmma_kernel_multiplies_registers_and_compiles(
-    tmp_path: Path, M: int, N: int, K: int, g: int, has_bias: bool
+    tmp_path: Path, M: int, N: int, K: int, g: int, has_bias: bool, guarded: bool
 ) -> None:
     from ternarize.backends.tilelang.linear_int8_wgmma import choose_int8_wgmma_tile, int8_wgmma_program
 
     tile = choose_int8_wgmma_tile(M, N, K, g)
-    source, report = _compile(int8_wgmma_program(N, K, g, "bfloat16", has_bias=has_bias, tile=tile), tmp_path)
+    layers = _layers(N, bias=has_bias)
+    source, report = _compile(int8_wgmma_program(layers, K, g, "bfloat16", guarded=guarded, tile=tile), tmp_path)
     assert "wgmma_rs<tl::DataType::kInt8, tl::DataType::kInt8, tl::DataType::kInt32" in source
     assert "tma_load(q_desc" in source
-    # A few registers of the block that is seldom run may be spilled; ptxas also says where it serialises wgmma.
-    assert all(int(spilled) <= 64 for spilled in re.findall(r"(\d+) bytes spill", report))
+    call = source[source.rindex("ternarize::store_sums<") :].split(";")[0]
+    pointers = ["accumulator", "exact", "state", "scale", *["bias_0", "bias_exponent_0"] * has_bias]
+    pointers += [*["status_0"] * guarded, "y_0"]
+    assert re.findall(r"&\((\w+)\[", call) == pointers
+    assert set(re.findall(r"(\d+) bytes spill", report)) <= {"0"}
+    # ptxas says where it serialises wgmma.
     assert "C75" not in report
 
 
-@pytest.mark.parametrize(("M", "N", "K", "has_bias"), [(1, 4096, 4096, False), (16, 333, 1152, True)])
-def test_the_decode_kernel_gets_its_arguments_in_order_and_compiles(
-    tmp_path: Path, M: int, N: int, K: int, has_bias: bool
-) -> None:
-    from ternarize.backends.tilelang.linear_int8_decode import choose_int8_decode_tile, int8_decode_program
-
-    tile = choose_int8_decode_tile(M, N, K, 128)
-    assert tile is not None
-    source, report = _compile(int8_decode_program(N, K, "float16", has_bias=has_bias, tile=tile), tmp_path)
-    call = source[source.rindex("ternarize::linear_int8_decode<") :].split(";")[0]
-    pointers = [name.strip("&()") for name in re.findall(r"&\(\w+", call)]
-    assert pointers == ["q", "scale", "T_packed", "E", "y", "shared"] + ["bias", "bias_exponent"] * has_bias
-    assert "cudaGridDependencySynchronize" in source
-    assert all(int(spilled) == 0 for spilled in re.findall(r"(\d+) bytes spill", report))
+# Which programs a call runs.
 
 
-# How the work is shared out.
+def _layers(*out_features: int, bias: bool = False) -> tuple[Any, ...]:
+    from ternarize.backends.tilelang.layers import LayerShape
+
+    return tuple(LayerShape(N=N, planes=1, mantissa=None, bias=bias) for N in out_features)
 
 
-@pytest.mark.parametrize(("M", "N", "K"), [(1, 4096, 4096), (16, 4096, 4096), (8, 8192, 28672), (16, 8192, 28672)])
-def test_a_decode_tile_shares_out_all_work_and_fits(M: int, N: int, K: int) -> None:
-    from ternarize.backends.tilelang.linear_int8_decode import choose_int8_decode_tile
+def _programs(M: int, *out_features: int, g: int = 128) -> Any:
+    from ternarize.backends.tilelang.linear_int8 import programs_for
 
-    tile = choose_int8_decode_tile(M, N, K, 128)
-    assert tile is not None
-    assert M <= tile.TOKENS
-    steps, rest = divmod(K // 128, tile.STEP)
-    assert rest == 0
-    assert steps >= tile.CLUSTER * tile.K_WARPS
-    assert tile.row_blocks(N) >= tile.CLUSTERS
-    assert tile.blocks_per_multiprocessor * (tile.shared_bytes(N, K) + 1024) <= 228 * 1024
+    return programs_for(M, _layers(*out_features), 4096, g, torch.float16, guarded=True, gpu=None)
 
 
-def test_more_tokens_and_other_groups_go_to_wgmma() -> None:
-    from ternarize.backends.tilelang.linear_int8 import choose_tile
-    from ternarize.backends.tilelang.linear_int8_wgmma import Int8Tile
+@pytest.mark.parametrize("g", [64, 128, 256])
+def test_a_few_tokens_are_one_launch_of_the_decode_kernel(g: int) -> None:
+    from ternarize.backends.tilelang.linear_decode import DecodeTile
 
-    for M, g in ((17, 128), (1, 64)):
-        assert isinstance(choose_tile(M, 4096, 4096, g), Int8Tile)
+    (program,) = _programs(16, 4096, 1024, 1024, g=g)
+    assert isinstance(program.tile, DecodeTile)
+    assert (program.layers, program.activation) == (_layers(4096, 1024, 1024), "int8")
+    assert (program.K, program.g, program.dtype, program.guarded) == (4096, g, "float16", True)
+
+
+def test_more_tokens_and_groups_of_32_are_one_launch_of_wgmma_a_layer() -> None:
+    from ternarize.backends.tilelang.linear_int8_wgmma import choose_int8_wgmma_tile
+
+    for M, g in ((17, 128), (1, 32)):
+        q, k, v = _programs(M, 4096, 1024, 1024, g=g)
+        assert (q.layers, k.layers) == (_layers(4096), _layers(1024))
+        assert (q.tile, k.tile) == tuple(choose_int8_wgmma_tile(M, N, 4096, g) for N in (4096, 1024))
+        # Layers of one shape share a kernel.
+        assert k == v
+
+
+def test_a_call_launches_every_program_with_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ternarize.backends.tilelang import build, host
+    from ternarize.backends.tilelang.linear_int8 import linear_int8 as host_function
+
+    torch.manual_seed(0)
+    layers = [random_weights(N, 128, 64, bias=N == 32) for N in (48, 32)]
+    q, scale = quantize_activation(torch.randn(2, 10, 128))
+    status = [torch.zeros(2, dtype=torch.int32) for _ in layers]
+    launched: list[int] = []
+
+    def launch(*arguments: Tensor) -> None:
+        i = len(launched)
+        w = layers[i]
+        given = (q.view(20, 128), scale.view(20), w.T_packed, w.E, w.bias, w.bias_exponent, status[i])
+        expected = [tensor for tensor in given if tensor is not None]
+        assert len(arguments) == len(expected) + 1
+        assert all(torch.equal(got, needed) for got, needed in zip(arguments, expected, strict=False))
+        y = arguments[-1]
+        assert y.shape == (20, w.T_packed.shape[0])
+        y.fill_(i)
+        launched.append(i)
+
+    def start(program: build.Program) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(launch)
+        return future
+
+    monkeypatch.setattr(build, "start", start)
+    monkeypatch.setattr(host, "gpu_name", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    columns = [[getattr(w, name) for w in layers] for name in ("T_packed", "E", "E_mantissa", "bias", "bias_exponent")]
+    T_packed, E, mantissa, bias, exponent = columns
+    outputs = host_function(q, scale, T_packed, E, mantissa, bias, exponent, status, 64, torch.bfloat16)
+    assert [(tuple(y.shape), y.dtype, float(y.mean())) for y in outputs] == [
+        ((2, 10, 48), torch.bfloat16, 0.0),
+        ((2, 10, 32), torch.bfloat16, 1.0),
+    ]
 
 
 # What is computed.
@@ -190,10 +232,10 @@ def test_more_tokens_and_other_groups_go_to_wgmma() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("M", [1, 3, 16, 17, 64, 65, 257])
-@pytest.mark.parametrize(("N", "K", "g"), [(333, 96, 32), (77, 576, 64), (1000, 1024, 128), (129, 512, 256)])
+@pytest.mark.parametrize(("N", "K", "g"), [(333, 192, 32), (77, 576, 64), (1000, 1024, 128), (129, 512, 256)])
 def test_linear_int8_equals_float64(dtype: torch.dtype, M: int, N: int, K: int, g: int) -> None:
     torch.manual_seed(0)
-    layers = [random_weights(n, K, g, bias=n % 2 == 1, device="cuda") for n in (N, 64)]
+    layers = [random_weights(n, K, g, bias=n % 2 == 1, device="cuda") for n in (N, 64, 5)]
     q, scale = quantize_activation(torch.randn(2, M, K, device="cuda"))
     outputs = linear_int8("tilelang", q, scale, layers, g, dtype)
     for y, layer in zip(outputs, layers, strict=True):
@@ -212,3 +254,27 @@ def test_linear_int8_is_exact_for_every_exponent(M: int, exponents: tuple[int, i
     q, scale = quantize_activation(x)
     (y,) = linear_int8("tilelang", q, scale, [layer], 128, torch.bfloat16)
     assert_close(y, linear("torch", q.double() * scale.double(), [layer], 128)[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("M", "K", "g"), [(2, 1152, 128), (16, 512, 64), (3, 192, 32), (40, 4096, 128), (300, 512, 256)]
+)
+def test_a_guarded_layer_reports_what_is_not_finite_and_its_neighbour_does_not(M: int, K: int, g: int) -> None:
+    torch.manual_seed(0)
+    layers = [random_weights(N, K, g, bias=True, device="cuda") for N in (64, 333, 7)]
+    q, scale = quantize_activation(torch.randn(M, K, device="cuda"))
+    names = ("T_packed", "E", "E_mantissa", "bias", "bias_exponent")
+    columns = [[getattr(w, name) for w in layers] for name in names]
+    status = [torch.zeros(2, dtype=torch.int32, device="cuda") for _ in layers]
+
+    def run() -> list[list[int]]:
+        torch.ops.ternarize.linear_int8_tilelang(q, scale, *columns, status, g, torch.float16)
+        return [each.tolist() for each in status]
+
+    assert run() == [[0, 0]] * 3
+    # The last of its outputs leaves float16.
+    layers[1].E[-1] = 20
+    assert run() == [[0, 0], [1, 0], [0, 0]]
+    scale[-1] = torch.nan
+    assert run() == [[1, 0]] * 3

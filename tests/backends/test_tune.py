@@ -46,7 +46,8 @@ def right(x: Tensor, *rest: Tensor) -> None:
 
 
 def slow(*arguments: Tensor) -> None:
-    time.sleep(2e-3)
+    # Well above what the reference takes on a machine that is busy otherwise.
+    time.sleep(0.1)
     right(*arguments)
 
 
@@ -81,7 +82,7 @@ def test_the_fastest_right_tile_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.tile == tune.candidates(64, SHAPES, 256, 128, "bfloat16")[2]
     assert result.gains
     assert result.heuristic_seconds is not None
-    assert result.seconds < 2e-3 < result.heuristic_seconds
+    assert result.seconds < result.heuristic_seconds
 
 
 def test_the_heuristic_is_kept_unless_something_is_clearly_faster(monkeypatch: pytest.MonkeyPatch) -> None:

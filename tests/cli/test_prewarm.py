@@ -38,11 +38,11 @@ def fresh_choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     _choose.cache_clear()
 
 
-def prewarm(cache: Path) -> dict[str, Any]:
-    """Run `SMALL` in a process of its own."""
+def prewarm(cache: Path, *more: str) -> dict[str, Any]:
+    """Run `SMALL`, with more arguments, in a process of its own."""
     environment = {"TILELANG_CACHE_DIR": str(cache), "TERNARIZE_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
-        [sys.executable, "-m", "ternarize", *SMALL],
+        [sys.executable, "-m", "ternarize", *SMALL, *more],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -127,9 +127,22 @@ def test_tokens_are_read_and_shown_as_ranges() -> None:
 
 @needs_nvcc
 @pytest.mark.skipif(torch.cuda.is_available(), reason="chooses for Hopper")
-def test_kernels_for_int8_activations_are_said_to_be_left(fresh_choices: None) -> None:
-    call = (PackedLayer(TernaryConfig(activation="int8"), in_features=128, out_features=64),)
-    planned = plan_call(call, [1], torch.bfloat16, "auto", (9, 0))
+def test_kernels_for_int8_activations_are_planned_by_launch(fresh_choices: None) -> None:
+    config = TernaryConfig(activation="int8")
+    call = tuple(PackedLayer(config, in_features=128, out_features=N) for N in (64, 16, 16))
+    planned = plan_call(call, [1, 40], torch.bfloat16, "auto", (9, 0))
     assert planned.choice.backend == "tilelang"
-    assert planned.choice.reason == "kernels of linear_int8 are not made ahead, but at the first call"
-    assert planned.programs == {}
+    # One decode kernel for all layers; on wgmma one a layer, of which two are the same.
+    assert [([layer.N for layer in program.layers], tokens) for program, tokens in planned.programs.items()] == [
+        ([64, 16, 16], [1]),
+        ([64], [40]),
+        ([16], [40]),
+    ]
+    assert {program.activation for program in planned.programs} == {"int8"}
+
+
+@needs_nvcc
+def test_kernels_for_int8_activations_are_made(tmp_path: Path) -> None:
+    report = prewarm(tmp_path, "--tokens", "1,40", "--activation", "int8")
+    assert (report["compiled"], report["failed"]) == (3, [])
+    assert [kernel["program"] for kernel in report["calls"][0]["kernels"]] == ["DecodeTile", "Int8Tile", "Int8Tile"]

@@ -2,10 +2,12 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from ternarize import TernaryConfig, freeze
 from ternarize.layer import TernaryLinear
 from ternarize.passes.fuse_shared_input import FuseSharedInputPass
 
@@ -50,6 +52,29 @@ def test_layers_stay_apart_where_the_input_is_written_between(
         with torch.no_grad():
             torch.testing.assert_close(compile_fresh(model)(x), model(x))
         assert dynamo_graphs.pop() == Counter(linear=2)
+
+
+@pytest.mark.parametrize("other", [{"planes": 2}, {"mantissa": True}], ids=str)
+def test_layers_of_different_kinds_stay_apart(
+    other: dict[str, Any], make_layer: MakeLayer, compile_fresh: Callable[..., Any], dynamo_graphs: Graphs
+) -> None:
+    def nothing(_: Tensor) -> None:
+        pass
+
+    model = TwoLayers(make_layer(32, 8), frozen_layer(32, 8, **other), nothing).eval()
+    freeze(model)
+    x = torch.randn(3, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(compile_fresh(model)(x), model(x))
+    assert dynamo_graphs.pop() == Counter(linear=2)
+
+
+def frozen_layer(in_features: int, out_features: int, *, planes: int = 1, mantissa: bool = False) -> TernaryLinear:
+    config = TernaryConfig(planes=planes, group_size=16)  # type: ignore[arg-type]  # 1 or 2
+    levels = torch.randint(-1, 2, (out_features, in_features), dtype=torch.int8)
+    E = torch.zeros(out_features, in_features // 16, dtype=torch.int8)
+    E_mantissa = torch.full_like(E, 3, dtype=torch.uint8) if mantissa else None
+    return TernaryLinear.from_levels(levels, E, config=config, E_mantissa=E_mantissa)
 
 
 class CastTwice(nn.Module):

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ternarize import guard
 from ternarize.backends import select
 from ternarize.backends.tilelang import linear as tilelang_linear
+from ternarize.backends.tilelang import programs
 from ternarize.backends.torch.update import NONFINITE_LOSS, NONFINITE_OUTPUT
 from ternarize.errors import NonFiniteError
 from ternarize.layer import TernaryLinear, ternary_layers
@@ -110,7 +111,7 @@ def fake_tilelang(monkeypatch: pytest.MonkeyPatch) -> FakeTileLang:
     monkeypatch.setattr("ternarize.passes.lower_ternary.choose", choose)
     monkeypatch.setattr("ternarize.backends.select.choose", choose)
     monkeypatch.setattr(tilelang_linear, "linear", fake)
-    monkeypatch.setattr(tilelang_linear, "prepare", lambda *_, **__: None)
+    monkeypatch.setattr(programs, "prepare", lambda *_, **__: None)
     return fake
 
 

@@ -1,0 +1,244 @@
+// wgmma.cuh for the CPU, on emulated_hopper.h.
+//
+// A load empties the place it goes to when it begins, and arrives when nothing else can happen: what is read too early, or
+// overwritten too early, is not a number. Products are formed, and stores read shared memory, when they are waited for.
+// Fragments, descriptors and the places of swizzled bytes are those of the PTX manual.
+#include "emulated_hopper.h"
+
+// Of a row-major tensor, the last of whose dimensions TMA counts first.
+struct CUtensorMap {
+  uint8_t* data;
+  int64_t extents[3];
+  int box[3];
+  int element_bytes;
+  int swizzle;  // bytes
+  int written_by_previous_kernel;
+
+  int row_bytes() const { return box[0] * element_bytes; }
+  int bytes() const { return row_bytes() * box[1] * box[2]; }
+};
+
+namespace emulated {
+
+struct Mbarrier {
+  uint8_t arrivals, pending, phase, unused;
+  int bytes;  // that are to come in this phase
+
+  bool ready() const { return phase <= 1; }
+  void end_phase() {
+    if (pending > 0 || bytes > 0) return;
+    pending = arrivals;
+    phase ^= 1;
+  }
+};
+static_assert(sizeof(Mbarrier) == sizeof(uint64_t));
+inline Mbarrier& mbarrier(uint64_t* barrier) {
+  require_shared(barrier, 8);
+  return *reinterpret_cast<Mbarrier*>(barrier);
+}
+inline void arrive(uint64_t* barrier, int bytes) {
+  Mbarrier& b = mbarrier(barrier);
+  require(b.phase <= 1, "arrives at a barrier before barrier_init");
+  require(b.pending > 0, "arrives at a barrier once more than its phase expects");
+  --b.pending;
+  b.bytes += bytes;
+  b.end_phase();
+}
+
+// The place of a byte: of its address in shared memory, the bits from 4 on are flipped by those from 7 on.
+inline uint8_t* swizzled(Block& block, uint8_t* address, int swizzle) {
+  const size_t offset = address - block.memory;
+  return block.memory + (offset ^ (offset >> 3 & (swizzle - 16)));
+}
+
+// Calls copy(byte in memory, byte in shared memory), with nullptr for memory outside the tensor.
+template <typename Copy>
+void for_each_byte(const CUtensorMap& map, Block& block, uint8_t* shared, int column, int row, Copy copy) {
+  const int64_t row_bytes = map.extents[0] * map.element_bytes;
+  for (int plane = 0; plane < map.box[2]; ++plane)
+    for (int r = 0; r < map.box[1]; ++r)
+      for (int i = 0; i < map.row_bytes(); ++i, ++shared) {
+        const int64_t at = static_cast<int64_t>(column) * map.element_bytes + i;
+        const bool inside = at < row_bytes && row + r < map.extents[1] && plane < map.extents[2];
+        copy(inside ? map.data + (plane * map.extents[1] + row + r) * row_bytes + at : nullptr,
+             swizzled(block, shared, map.swizzle));
+      }
+}
+inline void require_box(const CUtensorMap& map, const void* shared) {
+  require(reinterpret_cast<uintptr_t>(map.data) % 16 == 0 && map.extents[0] * map.element_bytes % 16 == 0,
+          "TMA needs rows of multiples of 16 bytes");
+  require(map.row_bytes() == map.swizzle, "a row of a box is not as long as its swizzle");
+  require((static_cast<const uint8_t*>(shared) - block().memory) % (8 * map.swizzle) == 0,
+          "a box does not start where its swizzle does");
+  require_shared(shared, map.bytes());
+}
+inline void load(void* to, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
+  require(current->waited_for_previous_kernel || !map->written_by_previous_kernel,
+          "loads x before the previous kernel has written it");
+  require_box(*map, to);
+  std::memset(to, 0xFF, map->bytes());
+  cluster->arrivals.push_back([=, block = &block(), shared = static_cast<uint8_t*>(to)] {
+    for_each_byte(*map, *block, shared, column, row,
+                  [](const uint8_t* from, uint8_t* to) { *to = from == nullptr ? 0 : *from; });
+    auto& b = *reinterpret_cast<Mbarrier*>(barrier);
+    b.bytes -= map->bytes();
+    b.end_phase();
+  });
+}
+
+template <typename Float>
+float number(uint32_t word, int i) {
+  return std::bit_cast<float>(ternarize::float_bits<Float>(word >> 16 * i & 0xFFFF));
+}
+
+constexpr int DESCRIPTOR_ADDRESS_BITS = 60;
+
+// The fragment of this lane, d = A · B or d += A · B, of its product ``index`` in the warp.
+template <typename Float, int N>
+void multiply(float* d, size_t index, uint64_t descriptor, bool add) {
+  const int swizzle = descriptor >> DESCRIPTOR_ADDRESS_BITS << 4;
+  auto* const matrix = reinterpret_cast<uint8_t*>((descriptor & ((1ull << DESCRIPTOR_ADDRESS_BITS) - 1)) << 4);
+  float a[2][16];
+  for (int q = 0; q < 4; ++q) {
+    const auto& registers = block().threads[current->index.x / 4 * 4 + q]->operands[index];
+    for (int r = 0; r < 4; ++r)
+      for (int i = 0; i < 2; ++i) a[r % 2][r / 2 * 8 + 2 * q + i] = number<Float>(registers[r], i);
+  }
+  for (int n8 = 0; n8 < N; n8 += 8)
+    for (int i = 0; i < 2; ++i) {
+      float b[16];
+      for (int k = 0; k < 16; k += 2) {
+        uint32_t pair;
+        std::memcpy(&pair, swizzled(block(), matrix + (n8 + lane() % 4 * 2 + i) * swizzle + 2 * k, swizzle), 4);
+        b[k] = number<Float>(pair, 0);
+        b[k + 1] = number<Float>(pair, 1);
+      }
+      for (int half = 0; half < 2; ++half) {
+        float sum = 0;
+        for (int k = 0; k < 16; ++k) sum += a[half][k] * b[k];
+        float& to = d[n8 / 2 + half * 2 + i];
+        to = add ? to + sum : sum;
+      }
+    }
+}
+
+}  // namespace emulated
+
+namespace ternarize {
+
+inline void barrier_init(uint64_t* barrier, int arrivals) {
+  const auto count = static_cast<uint8_t>(arrivals);
+  emulated::mbarrier(barrier) = {count, count, 0, 0, 0};
+}
+inline void barriers_ready() {}
+inline void barrier_arrive(uint64_t* barrier) { emulated::arrive(barrier, 0); }
+inline void barrier_expect(uint64_t* barrier, int bytes) { emulated::arrive(barrier, bytes); }
+inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  const auto& b = emulated::mbarrier(barrier);
+  emulated::require(b.phase <= 1, "waits at a barrier before barrier_init");
+  emulated::wait_until("barrier_wait", [&b, parity] { return b.phase != parity; });
+}
+
+inline void load_box(void* to, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
+  emulated::require(map->box[2] == 1, "load_box of a map with three dimensions");
+  emulated::load(to, map, column, row, barrier);
+}
+inline void load_box_of_planes(void* to, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
+  emulated::require(map->box[2] > 1, "load_box_of_planes of a map with two dimensions");
+  emulated::load(to, map, column, row, barrier);
+}
+inline void store_box(const CUtensorMap* map, const void* from, int column, int row) {
+  emulated::require_box(*map, from);
+  const int warpgroup = emulated::current->index.x / 128;
+  for (int i = 0; i < 128; ++i)
+    emulated::require(!emulated::block().threads[warpgroup * 128 + i]->must_fence_for_tma,
+                      "stores a box before all that wrote it fenced");
+  auto* const shared = static_cast<uint8_t*>(const_cast<void*>(from));
+  emulated::current->stores.begin([=] {
+    emulated::for_each_byte(*map, emulated::block(), shared, column, row, [](uint8_t* to, const uint8_t* from) {
+      if (to != nullptr) *to = *from;
+    });
+  });
+  emulated::current->stores.commit();
+}
+template <int PENDING>
+void stores_read() {
+  emulated::current->stores.wait(PENDING);
+}
+inline void fence_for_tma() { emulated::current->must_fence_for_tma = false; }
+
+inline void named_barrier(int id, int threads) {
+  auto& barrier = emulated::block().named_barriers[id];
+  barrier.threads = threads;
+  barrier.arrive_and_wait("named_barrier");
+}
+
+template <int COUNT>
+void take_registers() {}
+template <int COUNT>
+void give_registers() {}
+
+inline void store_to_rank(float4* place, int rank, const float* value) {
+  emulated::require_shared(place, 16);
+  const auto offset = reinterpret_cast<uint8_t*>(place) - emulated::block().memory;
+  std::memcpy(emulated::cluster->blocks[rank].memory + offset, value, 16);
+}
+
+inline void store_transposed(void* row, const uint32_t (&values)[4]) {
+  emulated::require_shared(row, 16);
+  uint32_t all[32][4];
+  emulated::exchange(values, all);
+  const int matrix = emulated::lane() / 8, r = emulated::lane() % 8;
+  for (int column = 0; column < 8; ++column)
+    static_cast<uint16_t*>(row)[column] = static_cast<uint16_t>(all[column * 4 + r / 2][matrix] >> r % 2 * 16);
+  emulated::current->must_fence_for_tma = true;
+}
+
+// As wgmma has it, in units of 16 bytes; above the address, the swizzle.
+template <int ROW_COLUMNS>
+uint64_t matrix_descriptor(const void* matrix) {
+  constexpr uint64_t swizzle = 2 * ROW_COLUMNS;
+  return reinterpret_cast<uint64_t>(matrix) >> 4 | swizzle >> 4 << emulated::DESCRIPTOR_ADDRESS_BITS;
+}
+template <typename Float, int N>
+void wgmma(float* d, const uint32_t* a, uint64_t b, bool add) {
+  auto* const thread = emulated::current;
+  emulated::require(thread->may_multiply, "wgmma without wgmma_fence");
+  const size_t index = thread->operands.size();
+  thread->operands.push_back({a[0], a[1], a[2], a[3]});
+  thread->products.begin([=] { emulated::multiply<Float, N>(d, index, b, add); });
+}
+inline void wgmma_fence() { emulated::current->may_multiply = true; }
+inline void wgmma_commit() {
+  emulated::current->may_multiply = false;
+  emulated::current->products.commit();
+}
+// Waits for its warp, not for the other warps of the warpgroup: no more is promised.
+template <int PENDING>
+void wgmma_wait() {
+  __syncwarp();
+  emulated::current->products.wait(PENDING);
+  __syncwarp();
+}
+template <typename Registers>
+void keep(Registers&) {}
+
+inline uint32_t multiply_bfloat16(uint32_t a, uint32_t b) {
+  uint32_t product = 0;
+  for (int i = 0; i < 2; ++i) {
+    const float value = emulated::number<__nv_bfloat16>(a, i) * emulated::number<__nv_bfloat16>(b, i);
+    product |= static_cast<uint32_t>(rounded<__nv_bfloat16>(value).bits) << 16 * i;
+  }
+  return product;
+}
+template <typename Float>
+uint32_t rounded_pair(float low, float high) {
+  const uint32_t bits = std::bit_cast<uint16_t>(rounded<Float>(high));
+  return bits << 16 | std::bit_cast<uint16_t>(rounded<Float>(low));
+}
+template <typename Float>
+bool is_finite_pair(uint32_t pair) {
+  return isfinite(emulated::number<Float>(pair, 0)) && isfinite(emulated::number<Float>(pair, 1));
+}
+
+}  // namespace ternarize

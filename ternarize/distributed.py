@@ -101,7 +101,7 @@ class Replicas:
             return bits
         apart = torch.stack([(bits & bit).ne(0) for bit in _BITS]).to(torch.int32)
         dist.all_reduce(apart, dist.ReduceOp.MAX, group=self._group)
-        return (apart * torch.tensor(_BITS, dtype=torch.int32, device=bits.device)[:, None]).sum(0, dtype=torch.int32)
+        return torch.stack([part * bit for part, bit in zip(apart, _BITS, strict=True)]).sum(0, dtype=torch.int32)
 
     def own(self, rng: Tensor) -> None:
         """Make a layer's ``rng`` that of this rank."""

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from ternarize.layer import TernaryLinear
 
 #: By address: a compiled graph may hand on another tensor object for the same memory.
-_layers: dict[tuple[torch.device, int], "weakref.ref[TernaryLinear]"] = {}
+_layers: "weakref.WeakValueDictionary[tuple[torch.device, int], TernaryLinear]" = weakref.WeakValueDictionary()
 
 
 def register(layer: "TernaryLinear") -> None:
     """Remember whose ``layer.rng`` is; called whenever a layer gets a new one."""
-    _layers[layer.rng.device, layer.rng.data_ptr()] = weakref.ref(layer)
+    _layers[layer.rng.device, layer.rng.data_ptr()] = layer
 
 
 def keep(rng: Tensor, grad_2d: Tensor, x_2d: Tensor) -> None:
@@ -34,8 +34,7 @@ def keep(rng: Tensor, grad_2d: Tensor, x_2d: Tensor) -> None:
     Raises:
         TernarizeError: if no layer has this tensor.
     """
-    reference = _layers.get((rng.device, rng.data_ptr()))
-    layer = None if reference is None else reference()
+    layer = _layers.get((rng.device, rng.data_ptr()))
     if layer is None or layer.rng.data_ptr() != rng.data_ptr():
         raise TernarizeError(
             "backward reached a ternary layer that is no more, or a copy of its tensors: keep the model alive until "

@@ -233,7 +233,8 @@ class TernaryLinear(nn.Module):
         of them, or, as graphs write to them, not be used at all.
         """
         guard.register(self)
-        kept.register(self)
+        if self.update_mode == "hooks":
+            kept.register(self)
         for name in ("anchor", "status", "rng", "lr", "refuse", *STAGE):
             tensor = getattr(self, name)
             if tensor is not None:

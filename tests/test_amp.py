@@ -78,7 +78,8 @@ def test_what_stands_for_the_ternary_gradients_is_no_gradient_otherwise() -> Non
 @pytest.mark.parametrize("mode", ["step", "backward", "hooks"])
 def test_accelerate_prepares_accumulates_clips_schedules_and_steps(mode: Any) -> None:
     accelerate = pytest.importorskip("accelerate")
-    model = nn.Sequential(make_layer(16, 32), nn.ReLU(), make_layer(32, 16), nn.LayerNorm(16))
+    first = make_layer(16, 32)
+    model = nn.Sequential(first, nn.ReLU(), make_layer(32, 16), nn.LayerNorm(16))
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2, mixed_precision="bf16")
     optimizer = build_optimizer(model, lr=1e-2, ternary={"apply": mode})
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=20)
@@ -97,4 +98,4 @@ def test_accelerate_prepares_accumulates_clips_schedules_and_steps(mode: Any) ->
     assert losses[-1] < 0.8 * losses[0]
     assert float(optimizer.param_groups[-1]["lr"]) == pytest.approx(2.8 / 254)
     # A step for two micro-batches; an update inside backward for each.
-    assert model[0].rng[2] == (40 if mode == "backward" else 20)
+    assert first.rng[2] == (40 if mode == "backward" else 20)

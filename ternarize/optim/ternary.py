@@ -307,7 +307,8 @@ class TernaryOptimizer(torch.optim.Optimizer):
         settings: dict[TernaryLinear, tuple[Any, ...]] = {}
         for group, layers in self._groups():
             device = layers[0].status.device
-            rate = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
+            lr = group["lr"] if isinstance(group["lr"], Tensor) else torch.full((), group["lr"], device=device)
+            rate = lr.to(device, torch.float32, non_blocking=True)
             # An accumulator may rest on its threshold: without this even an update of nothing could step a trit.
             drop = refuse.to(device, non_blocking=True) | (rate <= 0)
             settings |= dict.fromkeys(layers, (drop.to(torch.int32).reshape(1), rate, group))

@@ -34,7 +34,7 @@ def _fresh() -> Iterator[None]:
 def test_compiled_training_equals_eager(mode: Apply, cuda_graphs: bool) -> None:
     model = Integers().cuda()
     before, twin = snapshot(model), copy.deepcopy(model)
-    options = {"triton.cudagraphs": cuda_graphs}
+    options: dict[str, Any] = {"triton.cudagraphs": cuda_graphs}
     compiled: Any = torch.compile(twin, backend="ternary", fullgraph=True, options=options)
     ternary: dict[str, Any] = {"lr": 1.0, "threshold": 1, "exponent_threshold": 127, "apply": mode}
     optimizers = [build_optimizer(each, ternary=ternary) for each in (model, twin)]

@@ -124,8 +124,8 @@ def test_tiles_grow_with_the_tokens() -> None:
 
 def test_few_tokens_decode() -> None:
     from ternarize.backends.tilelang.linear import choose_tile
-    from ternarize.backends.tilelang.linear_decode import DecodeTile
+    from ternarize.backends.tilelang.linear_decode import MOST_TOKENS, DecodeTile
 
-    layers = (layer_shape(4096),)
-    assert isinstance(choose_tile(16, layers, 4096, 128, "float16"), DecodeTile)
-    assert not isinstance(choose_tile(17, layers, 4096, 128, "float16"), DecodeTile)
+    layers, few = (layer_shape(4096),), MOST_TOKENS["float"]
+    assert isinstance(choose_tile(few, layers, 4096, 128, "float16"), DecodeTile)
+    assert not isinstance(choose_tile(few + 1, layers, 4096, 128, "float16"), DecodeTile)

@@ -66,8 +66,8 @@ def facts_of(stem: str, args: Sequence[Any]) -> Facts:
         x, T_packed, mantissas, in_features, group_size = args[0], args[1], args[3], args[0].shape[-1], args[6]
     elif stem == "grad_input":
         (x, *_), T_packed, mantissas, in_features, group_size = args[0], args[1], args[3], args[4], args[5]
-    elif stem == "update_stage":
-        x, T_packed, mantissas, in_features, group_size = args[1], args[2], [], args[1].shape[-1], args[11]
+    elif stem in ("update_stage", "update_apply"):
+        x, T_packed, mantissas, in_features, group_size = args[1], args[2], [], args[1].shape[-1], args[-2]
     else:
         x, T_packed, mantissas, in_features, group_size = args[2], [args[0]], [], args[2].shape[1], args[17]
     return Facts(
@@ -102,7 +102,7 @@ def choose(stem: str, phase: Phase, facts: Facts, policy: Kernels, *, tilelang: 
     """The backend for one call of ``stem``.
 
     Args:
-        stem: linear, linear_int8, grad_input, update_stage or update_commit.
+        stem: linear, linear_int8, grad_input, update_stage, update_commit or update_apply.
         phase: of the graph.
         facts: of the call.
         policy: as of `ternarize.config.kernels_policy`.

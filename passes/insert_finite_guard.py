@@ -12,24 +12,29 @@ from ternarize import ops  # noqa: F401  # importing ops registers torch.ops.ter
 from ternarize.backends.torch.update import NONFINITE_LOSS
 from ternarize.passes.base import GraphPass, bodies, calls
 
-#: Position of the status tensors in the arguments of the two ops.
-STATUS = {torch.ops.ternarize.linear: 6, torch.ops.ternarize.linear_train: 14}
+#: Position of the status tensors in the arguments of the two ops, and of the flags that refuse a whole backward.
+STATUS = {torch.ops.ternarize.linear: 6, torch.ops.ternarize.linear_train: 17}
+REFUSE = {torch.ops.ternarize.linear_train: 18}
 
 
-def layer_calls(graph: fx.Graph) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
+def layer_calls(graph: fx.Graph, positions: dict[Any, int] = STATUS) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
     """Calls of ternary layers in a Dynamo graph, each with its status tensors as nodes of that graph.
 
     Calls in the bodies of higher-order ops, where activation checkpointing puts them, are found too.
+
+    Args:
+        graph: from Dynamo.
+        positions: which ops count, and where in their arguments the list is that is wanted in place of the status.
     """
     for node in graph.nodes:
-        for op, position in STATUS.items():
+        for op, position in positions.items():
             if calls(node, op):
                 yield node, list(node.args[position])
         for body in bodies(node):
             inputs = body.graph.find_nodes(op="placeholder")
             # Whatever else a higher-order op takes, the inputs of its bodies come last.
             given = dict(zip(inputs, tree_leaves(node.args)[-len(inputs) :], strict=False))
-            for call, statuses in layer_calls(body.graph):
+            for call, statuses in layer_calls(body.graph, positions):
                 yield call, [given[status] for status in statuses]
 
 
@@ -45,22 +50,28 @@ class GuardLossPass(GraphPass):
         guarded: "f32[]" = ternarize.guard_loss(loss, status)   return (guarded, logits)
 
     The op returns its input; its backward raises the loss bit in the status of one layer, which is enough: the
-    optimizer refuses a step for all. A copy and not the loss itself is returned, so no alias is made. Graphs without a
-    layer that trains stay as they are. Counts guarded losses.
+    optimizer refuses a step for all. Layers that are updated inside backward have flags that refuse it for all of them,
+    one a device: the bit is raised there, before any of them is read. A copy and not the loss itself is returned, so no
+    alias is made. Graphs without a layer that trains stay as they are. Counts guarded losses.
     """
 
     def rewrite(self, graph: fx.Graph) -> int:
         """Guard every scalar output that requires gradients."""
-        trained = (found for call, found in layer_calls(graph) if calls(call, torch.ops.ternarize.linear_train))
-        status, *_ = next(trained, (None,))
-        if status is None:
+        trained = {op: position for op, position in STATUS.items() if op in REFUSE}
+        statuses = [status for _, found in layer_calls(graph, trained) for status in found]
+        # Each flag once.
+        refusals = dict.fromkeys(refuse for _, found in layer_calls(graph, REFUSE) for refuse in found)
+        flags = list(refusals) or statuses[:1]
+        if not flags:
             return 0
         output = graph.output_node()
         losses = [node for node in output.all_input_nodes if _is_loss(node.meta.get("example_value"))]
         for loss in losses:
-            with graph.inserting_before(output):
-                guarded = graph.call_function(torch.ops.ternarize.guard_loss, (loss, status, NONFINITE_LOSS))
-            guarded.meta = dict(loss.meta)
+            guarded = loss
+            for flag in flags:
+                with graph.inserting_before(output):
+                    guarded = graph.call_function(torch.ops.ternarize.guard_loss, (guarded, flag, NONFINITE_LOSS))
+                guarded.meta = dict(loss.meta)
             output.replace_input_with(loss, guarded)
         return len(losses)
 

@@ -3,19 +3,23 @@
 import torch
 from torch import fx
 
+from ternarize import ops  # noqa: F401  # importing ops registers torch.ops.ternarize
 from ternarize.passes.base import GraphPass, calls
 
 #: Position of the first and one past the last tensor list of `linear_train` that its backward mutates or reads fresh.
-_STATE = slice(7, 15)
+_STATE = slice(7, 20)
+
+#: What the backward of a layer does with its gradient: one of these.
+HOOKS = (torch.ops.ternarize.update_stage, torch.ops.ternarize.update_apply, torch.ops.ternarize.update_keep)
 
 
 class InsertUpdateHookPass(GraphPass):
     """Tie every `linear_train` of a joint graph to the update hook that its backward runs.
 
     Runs on the joint forward and backward graph, before it is partitioned. Autograd has written one ``update_stage``
-    for each ``linear_train`` that gets a gradient, functionalised:
+    (or ``update_apply``, ``update_keep``) for each ``linear_train`` that gets a gradient, functionalised:
 
-        y       = ternarize.linear_train(x, anchor, [T], [E], ..., [stage], ..., [status], 128, "factored")
+        y       = ternarize.linear_train(x, anchor, [T], [E], ..., [stage], ..., [status], ..., 128, ..., "step")
         ...
         staged  = auto_functionalized_v2(ternarize.update_stage, grad_y=[g], x=x, ..., _all_bases=[stage, status])
 
@@ -34,14 +38,15 @@ class InsertUpdateHookPass(GraphPass):
                 for tensors in node.args[_STATE]:
                     for tensor in tensors:
                         tensor.meta["saved_tensor_with_no_vc_check"] = True
-            elif updates_stage(node):
+            elif hook_of(node) is not None:
                 hooks += len(node.kwargs["grad_y"] if "grad_y" in node.kwargs else node.args[0])
         return hooks
 
 
-def updates_stage(node: fx.Node) -> bool:
-    """Whether a node is an update hook, functionalised or not."""
-    hook = torch.ops.ternarize.update_stage
-    if node.op == "call_function" and node.target is torch.ops.higher_order.auto_functionalized_v2:
-        return node.args[0] is hook.default
-    return calls(node, hook)
+def hook_of(node: fx.Node) -> torch._ops.OpOverloadPacket | None:
+    """Which of `HOOKS` a node is, functionalised or not."""
+    for hook in HOOKS:
+        functionalised = node.op == "call_function" and node.target is torch.ops.higher_order.auto_functionalized_v2
+        if (functionalised and node.args[0] is hook.default) or calls(node, hook):
+            return hook
+    return None

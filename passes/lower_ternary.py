@@ -13,12 +13,15 @@ from ternarize.errors import TernarizeError
 from ternarize.ops import LINEAR_STEM, lowered, with_status
 from ternarize.passes.base import GraphPass, calls, copy_meta
 from ternarize.passes.insert_finite_guard import STATUS
-from ternarize.passes.insert_update_hook import updates_stage
+from ternarize.passes.insert_update_hook import hook_of
 
-#: Ops that become a call of the lowered op with a subset of their arguments; `update_stage` is lowered in place.
+#: Ops that become a call of the lowered op with a subset of their arguments; update hooks are lowered in place.
 LOWERED = (torch.ops.ternarize.linear, torch.ops.ternarize.linear_train, torch.ops.ternarize.grad_input)
 
-_SEMANTIC = (*LOWERED, torch.ops.ternarize.update_stage)
+#: Update hooks that have kernels: `update_keep` has none.
+_LOWERED_HOOKS = (torch.ops.ternarize.update_stage, torch.ops.ternarize.update_apply)
+
+_SEMANTIC = (*LOWERED, *_LOWERED_HOOKS)
 
 
 class LowerTernaryPass(GraphPass):
@@ -41,7 +44,7 @@ class LowerTernaryPass(GraphPass):
         linear_1 = ternarize.linear_int8_triton(q, scale, [T], [E], [None], [None], [None], 128, torch.bfloat16)
 
     ``linear_train`` becomes the same lowered op: its update is already in the backward graph, where ``grad_input`` and
-    ``update_stage`` (inside its auto_functionalized_v2) are replaced likewise. A semantic op that is left over is an
+    the update hook (inside its auto_functionalized_v2) are replaced likewise. A semantic op that is left over is an
     error. Counts lowered ops.
     """
 
@@ -53,8 +56,9 @@ class LowerTernaryPass(GraphPass):
         """Lower every ternary op of the graph."""
         count = 0
         for node in list(graph.nodes):
-            if updates_stage(node):
-                self._lower_hook(node)
+            hook = hook_of(node)
+            if hook in _LOWERED_HOOKS:
+                self._lower_hook(node, hook)
             elif calls(node, *LOWERED):
                 stem, args = lowered_arguments(node)
                 choice = choose_node(node, self._phase, self._policy)
@@ -75,14 +79,15 @@ class LowerTernaryPass(GraphPass):
             raise TernarizeError(f"ternary ops {', '.join(left)} were not lowered: please report this with the model")
         return count
 
-    def _lower_hook(self, node: fx.Node) -> None:
+    def _lower_hook(self, node: fx.Node, hook: Any) -> None:
         functionalised = node.target is torch.ops.higher_order.auto_functionalized_v2
-        names = [argument.name for argument in torch.ops.ternarize.update_stage.default._schema.arguments]
+        stem = hook.default._schema.name.removeprefix("ternarize::")
+        names = [argument.name for argument in hook.default._schema.arguments]
         # Mutated arguments are replaced by indices into the bases: none of them is a fact that a verifier needs.
         args = [node.kwargs.get(name, []) for name in names] if functionalised else list(node.args)
-        facts = facts_of("update_stage", [_value(argument) for argument in args])
-        choice = choose("update_stage", self._phase, facts, self._policy)
-        op = lowered("update_stage", choice.backend)
+        facts = facts_of(stem, [_value(argument) for argument in args])
+        choice = choose(stem, self._phase, facts, self._policy)
+        op = lowered(stem, choice.backend)
         if functionalised:
             node.update_arg(0, op)
         else:
@@ -104,7 +109,7 @@ def lowered_arguments(node: fx.Node) -> tuple[str, tuple[Any, ...]]:
         return LINEAR_STEM[str(activation)], (*weights, group_size)
     if calls(node, torch.ops.ternarize.linear_train):
         x, _, *weights = node.args[:7]
-        group_size, activation, _ = node.args[-3:]
+        group_size, activation, _, _ = node.args[-4:]
         return LINEAR_STEM[str(activation)], (x, *weights, group_size)
     return "grad_input", node.args
 

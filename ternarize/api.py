@@ -12,6 +12,7 @@ from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from ternarize.backends.torch.linear import dense_bias
 from ternarize.candidates import DenseLayer, FilterFn, Skip, find_dense_layers
 from ternarize.config import Init, TernaryConfig
+from ternarize.distributed import keep_out_of_ddp
 from ternarize.errors import ConfigError, ConversionError
 from ternarize.layer import TRAINING_STATE, TernaryLinear, ternary_layers
 from ternarize.passes.swap_linear import swap_linear_calls
@@ -104,6 +105,7 @@ def ternarize(
         # With the new layers in its memo, the copy holds them and never copies what they replace.
         model = copy.deepcopy(model, replaced)
     _leave_fused_encoders(model)
+    keep_out_of_ddp(model)
     rows.sort(key=lambda row: order.get(row.name, len(order)))
     model.__dict__["ternary_report"] = report = TernaryReport(tuple(rows))
     if isinstance(model, fx.GraphModule):

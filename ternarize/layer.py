@@ -1,13 +1,13 @@
 """TernaryLinear: a linear layer whose state is integers only."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from ternarize import guard, ops  # noqa: F401  # importing ops registers torch.ops.ternarize
+from ternarize import guard, kept, ops  # noqa: F401  # importing ops registers torch.ops.ternarize
 from ternarize.backends.torch.update import NO_STATISTICS
 from ternarize.config import TernaryConfig
 from ternarize.errors import ConfigError, ShapeError
@@ -18,6 +18,9 @@ TRAINING_STATE = ("T_accum", "T_momentum", "E_accum", "row_log2", "col_log2")
 
 #: Tensors that live between a backward and the optimizer's step; no parameters, no buffers, never saved.
 STAGE = ("stage", "stage_E", "stage_row", "stage_col")
+
+#: When the state changes: `ternarize.TernaryOptimizer` documents it.
+Apply = Literal["step", "backward", "hooks"]
 
 
 def _integers(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None, fill: int = 0) -> nn.Parameter:
@@ -115,6 +118,15 @@ class TernaryLinear(nn.Module):
                 wanted["E_accum"] = _integers(grouped, torch.int8, device)
         for name, parameter in wanted.items():
             self.register_parameter(name, parameter)
+        #: What backward does for the optimizer; None until one is made.
+        self.update_mode: Apply | None = None
+        #: Of an update inside backward: learning rate, the flag that refuses it everywhere, both thresholds.
+        self.lr: Tensor | None = None
+        self.refuse: Tensor | None = None
+        self.thresholds = (0, 0)
+        #: Under apply="hooks": [M, N] and [M, K] of each backward since the last step.
+        self._hook_grad_2d: list[Tensor] = []
+        self._hook_x_2d: list[Tensor] = []
         self.stage: Tensor | None = None
         self.stage_E: Tensor | None = None
         self.stage_row: Tensor | None = None
@@ -205,8 +217,12 @@ class TernaryLinear(nn.Module):
         # The optimizer keeps its seed and step here: they move along, as its parameters do.
         rng: Tensor = getattr(self, "rng", torch.zeros(3, dtype=torch.int64, device=device))
         self.rng = torch.zeros_like(rng, device=device) if rng.is_meta else rng.to(device)
+        self.release_hooks()
         if self.stage is not None:
-            self.prepare_training()
+            self.allocate_stage()
+        for name in ("lr", "refuse"):
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else tensor.to(device))
         self._announce()
 
     def _announce(self) -> None:
@@ -217,33 +233,82 @@ class TernaryLinear(nn.Module):
         of them, or, as graphs write to them, not be used at all.
         """
         guard.register(self)
-        for name in ("anchor", "status", "rng", *STAGE):
+        if self.update_mode == "hooks":
+            kept.register(self)
+        for name in ("anchor", "status", "rng", "lr", "refuse", *STAGE):
             tensor = getattr(self, name)
             if tensor is not None:
                 torch._dynamo.mark_static(tensor)
                 torch._dynamo.mark_static_address(tensor, guard=False)
 
-    def prepare_training(self) -> None:
-        """Allocate the stage, 8 bits a weight, that backward fills and the optimizer's step empties."""
+    def prepare_training(
+        self,
+        apply: Apply = "step",
+        *,
+        lr: Tensor | None = None,
+        refuse: Tensor | None = None,
+        threshold: int = 0,
+        exponent_threshold: int = 0,
+    ) -> None:
+        """Say what backward does with a gradient, and allocate what it needs for that.
+
+        Args:
+            apply: "step" takes a stage, 8 bits a weight, that the optimizer's step empties; the others take none.
+            lr: float32 [1], for "backward"; read there, and kept as this tensor.
+            refuse: int32 [1], for "backward": where it is set, no update is made. Layers of one optimizer share it.
+            threshold: of the optimizer, for "backward".
+            exponent_threshold: likewise.
+
+        Raises:
+            ConfigError: for a layer without training state.
+        """
         if self.T_accum is None:
             raise ConfigError(
                 f"layer {self.name!r} keeps no training state: make it with trainable=True, "
                 "or leave it out of the optimizer"
             )
+        self.update_mode, self.lr, self.refuse = apply, lr, refuse
+        self.thresholds = (threshold, exponent_threshold)
+        self.release_stage()
+        if apply == "step":
+            self.allocate_stage()
+        self._announce()
+
+    def allocate_stage(self) -> None:
+        """A stage of zeros."""
+        assert self.T_accum is not None
         device = self.T_packed.device
         self.stage = torch.zeros(self.T_accum.shape, dtype=torch.int8, device=device)
         self.stage_E = None if self.E_accum is None else torch.zeros_like(self.E_accum)
         if self.rule == "factored":
             self.stage_row = torch.zeros(self.out_features, dtype=torch.float32, device=device)
             self.stage_col = torch.zeros(self.in_features, dtype=torch.float32, device=device)
-        self._announce()
+
+    def release_stage(self) -> None:
+        """Drop the stage."""
+        for name in STAGE:
+            setattr(self, name, None)
+
+    def keep_hooks(self, grad_2d: Tensor, x_2d: Tensor) -> None:
+        """Keep a backward's gradient [M, N] and input [M, K] for the optimizer's step."""
+        self._hook_grad_2d.append(grad_2d)
+        self._hook_x_2d.append(x_2d)
+
+    def hooks(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What was kept since the last step: [M, N] and [M, K] of each backward."""
+        return self._hook_grad_2d, self._hook_x_2d
+
+    def release_hooks(self) -> None:
+        """Drop what was kept."""
+        self._hook_grad_2d, self._hook_x_2d = [], []
 
     def freeze(self) -> None:
         """Drop the training state; the layer stays differentiable in its input."""
         for name in TRAINING_STATE:
             setattr(self, name, None)
-        for name in STAGE:
-            setattr(self, name, None)
+        self.update_mode = self.lr = self.refuse = None
+        self.release_stage()
+        self.release_hooks()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copied or unpickled layer, whose tensors are new ones."""
@@ -272,22 +337,31 @@ class TernaryLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         weights = ([self.T_packed], [self.E], [self.E_mantissa], [self.bias], [self.bias_exponent])
         outputs: list[Tensor]
-        if self.stage is not None and self.training and torch.is_grad_enabled():
+        if self.update_mode is not None and self.training and torch.is_grad_enabled():
+            # An update inside backward needs all of the state, the others what backward reads of it.
+            at_once = self.update_mode == "backward"
             outputs = torch.ops.ternarize.linear_train(
                 x,
                 self.anchor,
                 *weights,
+                _present(self.T_accum if at_once else None),
+                _present(self.T_momentum if at_once else None),
+                _present(self.E_accum if at_once else None),
                 _present(self.row_log2),
                 _present(self.col_log2),
                 [self.rng],
-                [self.stage],
+                _present(self.stage),
                 _present(self.stage_E),
                 _present(self.stage_row),
                 _present(self.stage_col),
                 [self.status],
+                _present(self.refuse),
+                _present(self.lr),
+                *self.thresholds,
                 self.group_size,
                 self.activation,
                 self.rule,
+                self.update_mode,
             )
         else:
             outputs = torch.ops.ternarize.linear(

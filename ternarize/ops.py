@@ -1,12 +1,14 @@
-"""Every operator of the namespace ``torch.ops.ternarize``: schema, fake implementation, autograd.
+"""Every operator of the namespace ``torch.ops.ternarize``: schema and fake implementation; autograd is beside it.
 
 Semantic ops are what layers call and Dynamo sees. Layers that share their input (q, k and v; gate and up) are one call,
 so every per-layer argument is a list:
 
     linear          y_i = x · W_iᵀ + bias_i, differentiable in x; with activation "int8", of x rounded to int8
-    linear_train    the same; its backward also stages the integer update of each layer
+    linear_train    the same; its backward also does for each layer what ``apply`` says: one of the next three
     grad_input      sum over i of grad_y_i · W_i
     update_stage    adds the integers of one micro-batch's gradient to each layer's stage
+    update_apply    both halves of the update at once, without a stage that outlives it
+    update_keep     keeps copies of grad_y and x on each layer
     update_commit   applies one layer's stage to its integers, or refuses it
     dequantize      the dense weight, for code that wants one
     check_finite    raises a bit of a status tensor if a tensor is not finite
@@ -35,6 +37,7 @@ Arguments, by name, with the letters of `ternarize.packing`:
     stage_row      float32 [N]: sum of G² along K         stage_col      float32 [K]: sum of G² along N
     status         int32 [2]: bits of what was not finite, staged micro-batches
     refuse         int32 [1]: not 0 means clear the stage and change nothing else
+    lr             float32 [1]: learning rate             apply          when the state changes: `TernaryOptimizer`
 
 Tensors that a rule does not need are left out: lists are empty, single tensors are None.
 """
@@ -47,7 +50,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ternarize.activation import dequantize_activation, quantize_activation
+from ternarize import kept
+from ternarize.activation import quantize_activation
 from ternarize.config import Kernels
 from ternarize.errors import ShapeError, TernarizeError
 from ternarize.packing import dequantize as _dequantize
@@ -56,6 +60,7 @@ BACKENDS = ("tilelang", "triton", "torch")
 
 _WEIGHTS = "Tensor[] T_packed, Tensor[] E, Tensor?[] E_mantissa"
 _BIAS = "Tensor?[] bias, Tensor?[] bias_exponent"
+_PLANES = "Tensor[] T_accum, Tensor[] T_momentum, Tensor[] E_accum"
 _TRAIN_STATE = "Tensor[] row_log2, Tensor[] col_log2, Tensor[] rng"
 _STAGE = "Tensor[] stage, Tensor[] stage_E, Tensor[] stage_row, Tensor[] stage_col, Tensor[] status"
 _STAGE_MUTATED = (
@@ -72,8 +77,13 @@ _UPDATE_STAGE = (
 _UPDATE_COMMIT = (
     "(Tensor(a!) T_packed, Tensor(b!) E, Tensor(c!) T_accum, Tensor(d!)? T_momentum, Tensor(e!)? E_accum, "
     "Tensor(f!)? row_log2, Tensor(g!)? col_log2, Tensor rng, Tensor(h!) stage, Tensor(i!)? stage_E, "
-    "Tensor(j!)? stage_row, Tensor(k!)? stage_col, Tensor(l!) status, Tensor refuse, float lr, int threshold, "
+    "Tensor(j!)? stage_row, Tensor(k!)? stage_col, Tensor(l!) status, Tensor refuse, Tensor lr, int threshold, "
     "int exponent_threshold, int group_size, str rule) -> ()"
+)
+_UPDATE_APPLY = (
+    "(Tensor[] grad_y, Tensor x, Tensor(a!)[] T_packed, Tensor(b!)[] E, Tensor(c!)[] T_accum, Tensor(d!)[] T_momentum, "
+    "Tensor(e!)[] E_accum, Tensor(f!)[] row_log2, Tensor(g!)[] col_log2, Tensor(h!)[] rng, Tensor(i!)[] status, "
+    "Tensor[] refuse, Tensor[] lr, int threshold, int exponent_threshold, int group_size, str rule) -> ()"
 )
 
 #: Stem of an op: its schema, the module of each backend that holds it, the backends that do.
@@ -83,6 +93,7 @@ _LOWERED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "grad_input": (_GRAD_INPUT, "grad_input", ("triton", "torch")),
     "update_stage": (_UPDATE_STAGE, "update", ("triton", "torch")),
     "update_commit": (_UPDATE_COMMIT, "update", ("triton", "torch")),
+    "update_apply": (_UPDATE_APPLY, "update", ("triton", "torch")),
 }
 
 
@@ -111,8 +122,10 @@ def kernel(stem: str, backend: str) -> Callable[..., Any]:
     return function
 
 
-def _define(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    torch.library.define(f"ternarize::{name}", schema, tags=(torch.Tag.needs_fixed_stride_order,))
+def _define(
+    name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], *tags: torch.Tag
+) -> None:
+    torch.library.define(f"ternarize::{name}", schema, tags=(torch.Tag.needs_fixed_stride_order, *tags))
     torch.library.impl(f"ternarize::{name}", "default", implementation)
     torch.library.register_fake(f"ternarize::{name}", fake)
 
@@ -160,6 +173,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "grad_input": _grad_input_fake,
     "update_stage": _nothing,
     "update_commit": _nothing,
+    "update_apply": _nothing,
 }
 
 
@@ -220,7 +234,7 @@ def _eager(stem: str, *args: Any) -> Any:
     return _run(stem, eager_backend(stem, args), _mutated(_LOWERED[stem][0]), *args)
 
 
-for _stem in ("grad_input", "update_stage", "update_commit"):
+for _stem in ("grad_input", "update_stage", "update_commit", "update_apply"):
     _define(_stem, _LOWERED[_stem][0], functools.partial(_eager, _stem), _FAKES[_stem])
 
 
@@ -267,14 +281,15 @@ def _linear_train_eager(
     bias_exponent: list[Tensor | None],
     *rest: Any,
 ) -> list[Tensor]:
-    group_size, activation, _ = rest[-3:]
+    group_size, activation, _, _ = rest[-4:]
     return linear_now(None, x, T_packed, E, E_mantissa, bias, bias_exponent, [], group_size, activation, False)
 
 
 _define(
     "linear_train",
-    f"(Tensor x, Tensor anchor, {_WEIGHTS}, {_BIAS}, {_TRAIN_STATE}, {_STAGE}, int group_size, str activation, "
-    "str rule) -> Tensor[]",
+    f"(Tensor x, Tensor anchor, {_WEIGHTS}, {_BIAS}, {_PLANES}, {_TRAIN_STATE}, {_STAGE}, Tensor[] refuse, "
+    "Tensor[] lr, int threshold, int exponent_threshold, int group_size, str activation, str rule, str apply) "
+    "-> Tensor[]",
     _linear_train_eager,
     _linear_train_fake,
 )
@@ -305,7 +320,7 @@ def _check_finite(value: Tensor, given: Tensor | None, status: Tensor, bit: int)
     broken = ~torch.isfinite(value).all()
     if given is not None:
         broken &= torch.isfinite(given).all()
-    status[0] |= broken.to(torch.int32) * bit
+    status[0] |= broken.to(status.device, torch.int32, non_blocking=True) * bit
 
 
 _define("check_finite", "(Tensor value, Tensor? given, Tensor(a!) status, int bit) -> ()", _check_finite, _nothing)
@@ -322,112 +337,22 @@ def _guard_loss_fake(loss: Tensor, status: Tensor, bit: int) -> Tensor:
 _define("guard_loss", "(Tensor loss, Tensor status, int bit) -> Tensor", _guard_loss, _guard_loss_fake)
 
 
-# Autograd.
+def _update_keep(grad_y: Sequence[Tensor], x: Tensor, rng: Sequence[Tensor], status: Sequence[Tensor]) -> None:
+    # Copies: what a compiled graph passes here may be memory that it uses again.
+    inputs = x.reshape(-1, x.shape[-1]).clone()
+    for gradient, layer_rng, layer_status in zip(grad_y, rng, status, strict=True):
+        kept.keep(layer_rng, gradient.reshape(-1, gradient.shape[-1]).clone(), inputs)
+        layer_status[1] += 1
 
 
-def _no_gradients(inputs: Sequence[Any]) -> tuple[Any, ...]:
-    """None for every input, in the structure that torch.library wants: a list of tensors gives a list of None."""
-    return tuple(
-        [None] * len(given) if isinstance(given, list) and all(isinstance(t, Tensor) for t in given) else None
-        for given in inputs
-    )
+# Replaying a CUDA graph would keep nothing: Inductor leaves this op out of them.
+_define(
+    "update_keep",
+    "(Tensor[] grad_y, Tensor x, Tensor[] rng, Tensor(a!)[] status) -> ()",
+    _update_keep,
+    _nothing,
+    torch.Tag.cudagraph_unsafe,
+)
 
-
-def _save(ctx: Any, x: Tensor, T_packed: list[Tensor], E: list[Tensor], E_mantissa: list[Tensor | None]) -> None:
-    # Version-checked: a commit between forward and backward must be an error.
-    ctx.save_for_backward(x, *T_packed, *E, *E_mantissa)
-    ctx.layers, ctx.in_features = len(T_packed), x.shape[-1]
-    # Zeros in place of a missing gradient would be a micro-batch of its own to a layer that must stay as it is.
-    ctx.set_materialize_grads(False)
-
-
-def _with_gradient(ctx: Any, grad_y: list[Tensor | None], state: Sequence[list[Tensor]]) -> tuple[Tensor, list[Any]]:
-    """x; then grad_y, T_packed, E, E_mantissa and ``state``, without the layers whose output got no gradient.
-
-    Those are layers of a merged call whose output was not used, or only outside of autograd.
-    """
-    # Read once: activation checkpointing allows no second look.
-    x, *saved = ctx.saved_tensors
-    weights = [saved[start : start + ctx.layers] for start in range(0, len(saved), ctx.layers)]
-    live = [i for i, gradient in enumerate(grad_y) if gradient is not None]
-    return x, [[values[i] for i in live] if values else [] for values in (grad_y, *weights, *state)]
-
-
-def _grad_input(ctx: Any, grad_y: list[Tensor], *weights: list[Any]) -> Tensor | None:
-    if not (grad_y and ctx.needs_input_grad[0]):
-        return None
-    grad_x: Tensor = torch.ops.ternarize.grad_input(grad_y, *weights, ctx.in_features, ctx.group_size)
-    return grad_x
-
-
-def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, T_packed, E, E_mantissa, *_, ctx.group_size, _, _ = inputs
-    # x itself is not needed: an empty stand-in keeps `_save` one function.
-    _save(ctx, x.new_empty(0, x.shape[-1]), T_packed, E, E_mantissa)
-    ctx.no_gradients = _no_gradients(inputs[1:])
-
-
-def _linear_backward(ctx: Any, grad_y: list[Tensor | None]) -> tuple[Any, ...]:
-    _, per_layer = _with_gradient(ctx, grad_y, ())
-    return _grad_input(ctx, *per_layer), *ctx.no_gradients
-
-
-torch.library.register_autograd("ternarize::linear", _linear_backward, setup_context=_linear_setup)
-
-
-def _linear_train_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, _, T_packed, E, E_mantissa, _, _, *state, ctx.group_size, ctx.activation, ctx.rule = inputs
-    _save(ctx, x, T_packed, E, E_mantissa)
-    # Not version-checked: backward itself mutates these, which a tied layer and two live graphs must survive.
-    ctx.state = state
-    ctx.no_gradients = _no_gradients(inputs[1:])
-
-
-def _linear_train_backward(ctx: Any, grad_y: list[Tensor | None]) -> tuple[Any, ...]:
-    if torch.is_grad_enabled():
-        raise TernarizeError(
-            "create_graph=True reached a trainable ternary layer, whose update has no second derivative: "
-            "call eval() or freeze on the layers that a gradient penalty goes through"
-        )
-    x, (gradients, T_packed, E, E_mantissa, *state) = _with_gradient(ctx, grad_y, ctx.state)
-    grad_x = _grad_input(ctx, gradients, T_packed, E, E_mantissa)
-    if gradients:
-        if ctx.activation == "int8":
-            x = dequantize_activation(*quantize_activation(x), x.dtype)
-        torch.ops.ternarize.update_stage(gradients, x, T_packed, *state, ctx.group_size, ctx.rule)
-    return grad_x, *ctx.no_gradients
-
-
-torch.library.register_autograd("ternarize::linear_train", _linear_train_backward, setup_context=_linear_train_setup)
-
-
-def _grad_input_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, T_packed, E, E_mantissa, _, ctx.group_size = inputs
-    ctx.layers = len(T_packed)
-    ctx.save_for_backward(*T_packed, *E, *E_mantissa)
-    ctx.no_gradients = _no_gradients(inputs[1:])
-
-
-def _grad_input_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    n, saved = ctx.layers, ctx.saved_tensors
-    no_bias = [None] * n
-    weights = (saved[:n], saved[n : 2 * n], saved[2 * n :])
-    grad_y = torch.ops.ternarize.linear(grad, *weights, no_bias, no_bias, [], ctx.group_size, "float", False)
-    return grad_y, *ctx.no_gradients
-
-
-torch.library.register_autograd("ternarize::grad_input", _grad_input_backward, setup_context=_grad_input_setup)
-
-
-def _guard_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    loss, ctx.status, ctx.bit = inputs
-    ctx.save_for_backward(loss)
-
-
-def _guard_loss_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    (loss,) = ctx.saved_tensors
-    torch.ops.ternarize.check_finite(loss, None, ctx.status, ctx.bit)
-    return grad, None, None
-
-
-torch.library.register_autograd("ternarize::guard_loss", _guard_loss_backward, setup_context=_guard_loss_setup)
+# Last: it registers the derivatives of the ops above.
+from ternarize import autograd as autograd  # noqa: E402

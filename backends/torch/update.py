@@ -1,8 +1,9 @@
-"""The integer update of a ternary layer, in two halves, as plain tensor code: the definition of both ops.
+"""The integer update of a ternary layer, in two halves, as plain tensor code: the definition of the ops.
 
 `update_stage` runs in backward: a strip at a time, it forms G = grad_yᵀ · x, turns it into small integers, adds those
 to the layer's stage and drops the strip. `update_commit` runs in the optimizer's step: it applies what is staged to the
-trits, or leaves every integer as it was if the step is refused. Nothing here synchronises with the device.
+trits, or leaves every integer as it was if the step is refused. `update_apply` is both, one after the other, in
+backward. Nothing here synchronises with the device.
 
 Rules
     factored  u = clamp(SR(G · sqrt(mean(r) / (r_n · c_k))), -4, 4), Adafactor's factored second moment (Shazeer and
@@ -12,7 +13,7 @@ Rules
 SR is stochastic rounding, floor(v + uniform), with the counter-based numbers of `ternarize.philox`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -126,7 +127,7 @@ def update_commit(
     stage_col: Tensor | None,
     status: Tensor,
     refuse: Tensor,
-    lr: float,
+    lr: Tensor,
     threshold: int,
     exponent_threshold: int,
     group_size: int,
@@ -157,6 +158,63 @@ def update_commit(
     )
 
 
+def update_apply(
+    grad_y: Sequence[Tensor],
+    x: Tensor,
+    T_packed: Sequence[Tensor],
+    E: Sequence[Tensor],
+    T_accum: Sequence[Tensor],
+    T_momentum: Sequence[Tensor],
+    E_accum: Sequence[Tensor],
+    row_log2: Sequence[Tensor],
+    col_log2: Sequence[Tensor],
+    rng: Sequence[Tensor],
+    status: Sequence[Tensor],
+    refuse: Sequence[Tensor],
+    lr: Sequence[Tensor],
+    threshold: int,
+    exponent_threshold: int,
+    group_size: int,
+    rule: str,
+    *,
+    halves: tuple[Callable[..., None], Callable[..., None]] = (update_stage, update_commit),
+) -> None:
+    """Stage and commit the gradients of some layers that share x, with a stage that lives no longer than its layer.
+
+    A layer whose ``refuse`` or whose own status is set changes nothing, and its status stays set. A backend gives its
+    own ``halves``, `update_stage` and `update_commit`; for the rest see `ternarize.ops`.
+    """
+    stage_half, commit_half = halves
+    for i, gradient in enumerate(grad_y):
+        momentum, exponents, row, col = (planes[i : i + 1] for planes in (T_momentum, E_accum, row_log2, col_log2))
+        stage = torch.zeros_like(T_accum[i])
+        stage_E, stage_row, stage_col = (
+            [torch.zeros(vector.shape, dtype=dtype, device=x.device) for vector in vectors]
+            for vectors, dtype in ((exponents, torch.int8), (row, torch.float32), (col, torch.float32))
+        )
+        staged = ([stage], stage_E, stage_row, stage_col, [status[i]])
+        stage_half([gradient], x, [T_packed[i]], row, col, [rng[i]], *staged, group_size, rule)
+        # A commit clears the status: what it says of this step is for the optimizer to read.
+        found = status[i][:1].clone()
+        refused = (refuse[i] | found).ne(0)
+        commit_half(
+            T_packed[i],
+            E[i],
+            T_accum[i],
+            *(next(iter(planes), None) for planes in (momentum, exponents, row, col)),
+            rng[i],
+            *(next(iter(tensors), None) for tensors in staged),
+            (refused | (lr[i] <= 0)).to(torch.int32),
+            lr[i],
+            threshold,
+            exponent_threshold,
+            group_size,
+            rule,
+        )
+        status[i][:1] = found
+        rng[i][2:] += ~refused
+
+
 def commit_groups_and_vectors(
     E: Tensor,
     E_accum: Tensor | None,
@@ -184,7 +242,13 @@ def commit_groups_and_vectors(
 
 
 def factored_rule(
-    T: Tensor, T_accum: Tensor, T_momentum: Tensor | None, u: Tensor, lr: float, for_momentum: Tensor, for_accum: Tensor
+    T: Tensor,
+    T_accum: Tensor,
+    T_momentum: Tensor | None,
+    u: Tensor,
+    lr: Tensor,
+    for_momentum: Tensor,
+    for_accum: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One step of `factored` for a strip.
 
@@ -193,7 +257,7 @@ def factored_rule(
         T_accum: int8; without T_momentum, accumulator and momentum in its low and high nibble.
         T_momentum: int8 or None.
         u: float32, the staged integers over the number of micro-batches.
-        lr: fraction of a trit per unit of momentum.
+        lr: float32 [1], fraction of a trit per unit of momentum.
         for_momentum: float32 uniform numbers.
         for_accum: likewise.
 
@@ -207,7 +271,7 @@ def factored_rule(
         accum, momentum = T_accum.to(torch.float32), T_momentum.to(torch.float32)
     momentum = momentum + torch.floor((u * unit - momentum) * (1 - MOMENTUM_DECAY) + for_momentum)
     momentum = momentum.clamp(-limit, limit)
-    accum = (accum - torch.floor(momentum * (lr * 2 * theta / unit) + for_accum)).to(torch.int32)
+    accum = (accum - torch.floor(momentum * (lr * (2 * theta / unit)) + for_accum)).to(torch.int32)
     # With nibbles a step needs more than theta: else every weight on the boundary toggles.
     bar = theta + 1 if T_momentum is None else theta
     new_T = (T + (accum >= bar).to(torch.int32) - (accum <= -bar).to(torch.int32)).clamp(-1, 1)
@@ -218,7 +282,7 @@ def factored_rule(
 
 
 def sign_rule(
-    T: Tensor, T_accum: Tensor, votes: Tensor, lr: float, threshold: int, rounding: Tensor
+    T: Tensor, T_accum: Tensor, votes: Tensor, lr: Tensor, threshold: int, rounding: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One step of `sign` for a strip: T_accum loses SR(lr · votes), steps a trit at the threshold and returns to 0.
 

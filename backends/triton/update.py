@@ -6,6 +6,7 @@ A stage holds a tile of G = grad_yᵀ · x in registers and turns it into intege
 rounding follows, and a CPU and a GPU have to agree about it.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -48,6 +49,7 @@ def commit_kernel(
     stage: tl.tensor,
     status: tl.tensor,
     refuse: tl.tensor,
+    lr: tl.tensor,
     step: tl.tensor,
     bar: tl.tensor,
     theta: tl.tensor,
@@ -67,11 +69,12 @@ def commit_kernel(
 ) -> None:
     """One tile, BLOCK_C packed bytes of BLOCK_N rows: clears its stage and, unless refused, steps its integers.
 
-    ``step`` is what an accumulator loses for a unit of momentum (`factored`) or for a vote (`sign`), and ``bar`` where
-    a trit steps; theta, unit and limit are those of `FORMS`, gain is 1 - MOMENTUM_DECAY. The first weights of all bytes
-    are stepped together, then the second and so on: each is a run of neighbours, that so many bytes are loaded at once
-    as ALIGNED says. 1: a group may end within the tile.
+    ``step`` times the learning rate is what an accumulator loses for a unit of momentum (`factored`) or for a vote
+    (`sign`), and ``bar`` where a trit steps; theta, unit and limit are those of `FORMS`, gain is 1 - MOMENTUM_DECAY.
+    The first weights of all bytes are stepped together, then the second and so on: each is a run of neighbours, that so
+    many bytes are loaded at once as ALIGNED says. 1: a group may end within the tile.
     """
+    step *= tl.load(lr)
     n = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     tile = tl.program_id(0) % tiles
     group = tile // chunks
@@ -188,7 +191,7 @@ def update_commit(
     stage_col: Tensor | None,
     status: Tensor,
     refuse: Tensor,
-    lr: float,
+    lr: Tensor,
     threshold: int,
     exponent_threshold: int,
     group_size: int,
@@ -198,9 +201,9 @@ def update_commit(
     N, K = T_accum.shape
     size, chunks, tiles, BLOCK_C = tiling(K, group_size)
     theta, unit, limit = reference.FORMS["int4" if T_momentum is None else "int8"]
-    step, bar = lr, threshold
+    step, bar = 1.0, threshold
     if rule == "factored":
-        step, bar = lr * 2 * theta / unit, theta + (T_momentum is None)
+        step, bar = 2 * theta / unit, theta + (T_momentum is None)
     with torch.cuda.device_of(T_packed):
         BLOCK_N = COMMIT_BYTES // BLOCK_C
         commit_kernel[(triton.cdiv(N, BLOCK_N) * tiles,)](
@@ -211,6 +214,7 @@ def update_commit(
             stage,
             status,
             refuse,
+            lr,
             step,
             bar,
             theta,
@@ -235,3 +239,6 @@ def update_commit(
         )
     # After all of them: each reads the count.
     status.zero_()
+
+
+update_apply = functools.partial(reference.update_apply, halves=(update_stage, update_commit))

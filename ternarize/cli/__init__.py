@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(cause, (TernarizeError, OSError)):
             raise
         return _fail(output, str(cause), USAGE if isinstance(cause, ConfigError) else FAILURE)
-    if arguments.json:
+    if output.as_json:
         print(json.dumps(result))
     return FAILURE if result.get("ok") is False else OK
 

@@ -114,7 +114,8 @@ def _small_call(stem: str, device: torch.device) -> tuple[list[Any], list[Tensor
     integers = [layer.T_packed, layer.E, layer.T_accum, layer.T_momentum, None, row_log2, col_log2]
     buffers = [layer.rng, stage, None, stage_row, stage_col, status]
     mutated = [*(tensor for tensor in integers if tensor is not None), *staged]
-    return [*integers, *buffers, refuse, 0.5, 16, 16, layer.group_size, layer.rule], mutated
+    lr = torch.full((1,), 0.5, device=device)
+    return [*integers, *buffers, refuse, lr, 16, 16, layer.group_size, layer.rule], mutated
 
 
 def _choice(phase: Phase, policy: Kernels, device: torch.device) -> dict[str, Any]:

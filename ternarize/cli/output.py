@@ -31,6 +31,11 @@ class Output:
         self._errors = Console(stderr=True)
         self._progress_off = quiet or as_json or not self._errors.is_terminal
 
+    def silence(self) -> None:
+        """Print nothing from now on but warnings: another process tells the same."""
+        self.as_json = False
+        self.console.quiet = self._progress_off = True
+
     @contextmanager
     def bytes_progress(self) -> Iterator[Progress]:
         """A progress display whose tasks count bytes, with speed and time left."""

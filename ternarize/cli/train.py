@@ -18,10 +18,11 @@ from ternarize.train.curves import draw_curves, read_log
 from ternarize.train.determinism import deterministic_algorithms
 from ternarize.train.loop import StepRecord, Trainer, train
 from ternarize.train.model import builtin_config, read_model_config
+from ternarize.train.processes import joined
 from ternarize.train.run import RunFolder, Source, export, start
 from ternarize.train.settings import TrainRule, TrainSettings
 
-HELP = "train a decoder language model on text, from scratch"
+HELP = "train a decoder language model on text, from scratch; under torchrun by several processes"
 
 _DEFAULTS = TrainSettings()
 
@@ -102,10 +103,16 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: use at least 1")
     source = Source(texts=tuple(arguments.text), validation=arguments.validation, tokenizer=arguments.tokenizer)
     folder = RunFolder(arguments.out)
-    with deterministic_algorithms(arguments.deterministic):
-        trainer = _start(arguments, folder, source)
+    device = arguments.device or default_device()
+    with deterministic_algorithms(arguments.deterministic), joined(device) as device:
+        trainer = _start(arguments, folder, source, device)
+        first = trainer.replicas.rank == 0
+        if not first:
+            output.silence()
         output.console.print(_introduction(trainer), highlight=False, soft_wrap=True)
         finished = _train(trainer, folder, arguments, output)
+    if not first:
+        return {}
     records = read_log(folder.log)
     _draw(records, folder, output)
     if not finished:
@@ -120,8 +127,8 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
     return _result(trainer, folder, records)
 
 
-def _start(arguments: argparse.Namespace, folder: RunFolder, source: Source) -> Trainer:
-    settings, device = _settings(arguments), arguments.device or default_device()
+def _start(arguments: argparse.Namespace, folder: RunFolder, source: Source, device: torch.device) -> Trainer:
+    settings = _settings(arguments)
 
     def model_config(vocabulary: int) -> Any:
         if arguments.model is not None:
@@ -153,9 +160,11 @@ def _introduction(trainer: Trainer) -> str:
     ternary = sum(layer.in_features * layer.out_features for _, layer in ternary_layers(model))
     weights = f"{ternary:,} ternary weights and " if is_ternary(model) else ""
     floats = sum(parameter.numel() for parameter in model.parameters() if parameter.is_floating_point())
+    size = trainer.replicas.size
+    machines = describe(trainer.device)["name"] if size == 1 else f"{size} of {describe(trainer.device)['name']}"
     return (
         f"{type(model).__name__}, {weights}{floats:,} float parameters, rule {trainer.settings.rule}, on "
-        f"{describe(trainer.device)['name']}; {len(tokens.train):,} tokens of text, {len(tokens.validation):,} to "
+        f"{machines}; {len(tokens.train):,} tokens of text, {len(tokens.validation):,} to "
         f"measure on; step {trainer.step} of {trainer.settings.steps}"
     )
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ternarize.backends import ternary
-from ternarize.errors import NonFiniteError
+from ternarize.distributed import Replicas
+from ternarize.errors import ConfigError, NonFiniteError
 from ternarize.train.checkpoint import save_checkpoint
 from ternarize.train.data import Tokens, validation_windows, windows
 from ternarize.train.model import make_optimizer
@@ -45,7 +46,8 @@ class StepRecord:
 class Trainer:
     """A model, its optimizer and its place in the data.
 
-    On CUDA the forward pass runs under bfloat16 autocast, elsewhere in float32.
+    On CUDA the forward pass runs under bfloat16 autocast, elsewhere in float32. With torch.distributed, each rank makes
+    one: every micro-batch is shared out among them.
 
     Args:
         model: takes ``input_ids`` [B, S] and returns an object with ``logits`` [B, S, V].
@@ -53,6 +55,9 @@ class Trainer:
         tokens: to train on; long enough for ``settings.ctx``.
         compiled: run through torch.compile, with the backend "ternary" for ternary layers.
         skip_nonfinite: go on after a loss or gradient that is not finite, without an update.
+
+    Raises:
+        ConfigError: if the ranks cannot share a micro-batch evenly.
     """
 
     def __init__(
@@ -60,6 +65,11 @@ class Trainer:
     ) -> None:
         self.model, self.settings, self.tokens = model, settings, tokens
         self.device = next(model.parameters()).device
+        self.replicas = Replicas()
+        if settings.batch % self.replicas.size:
+            raise ConfigError(
+                f"{self.replicas.size} processes cannot share batch={settings.batch} windows: use a multiple of that"
+            )
         self.optimizer = make_optimizer(model, settings, skip_nonfinite=skip_nonfinite)
         self.step = 0
         self._skip_nonfinite = skip_nonfinite
@@ -97,13 +107,16 @@ class Trainer:
         count = settings.batch * settings.accum
         total = 0.0
         for batch in windows(self.tokens.train, settings.ctx, count, settings.seed, self.step).split(settings.batch):
-            loss = self._loss(batch)
-            value = loss.item()
+            loss = self._loss(batch.chunk(self.replicas.size)[self.replicas.rank])
+            mean = loss.detach().clone()
+            self.replicas.average([mean])
+            value = mean.item()
             total += value / settings.accum
             if not math.isfinite(value):
                 self._refuse(value)
                 return total
             (loss / settings.accum).backward()
+        self.replicas.average([p.grad for p in self.model.parameters() if p.grad is not None])
         try:
             self.optimizer.step()
         except NonFiniteError as error:
@@ -116,9 +129,13 @@ class Trainer:
     def validate(self) -> float:
         """Mean loss over the validation windows, in nats a token."""
         self.model.eval()
-        losses = [self._loss(batch) for batch in self._validation]
+        losses = [self._loss(batch) for batch in self._validation[self.replicas.rank :: self.replicas.size]]
         self.model.train()
-        return torch.stack(losses).mean().item()
+        # Ranks may have different numbers of batches, or none.
+        total = torch.tensor([0.0, len(losses)], dtype=torch.float64, device=self.device)
+        total[0] += sum(losses)
+        self.replicas.average([total])
+        return (total[0] / total[1]).item()
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next steps depend on, beside the settings and the tokens."""
@@ -127,7 +144,11 @@ class Trainer:
             "skipped_losses": self._skipped_losses,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+            # The same on every rank.
+            "rng": {
+                "cpu": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -136,8 +157,8 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"]["cpu"])
-        if len(state["rng"]["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
 
     def _loss(self, batch: Tensor) -> Tensor:
         if self.device.type != "cuda":
@@ -178,6 +199,8 @@ def train(
 ) -> bool:
     """Train to the last step, or to the first SIGINT or SIGTERM, which end the run after the step that they meet.
 
+    Of several processes the first one writes and reports, and a signal to any of them ends the run.
+
     Args:
         trainer: a new one, or one that was loaded.
         checkpoint: written every ``save_every`` steps and at the end, but not after an error: it stays as it was.
@@ -192,10 +215,11 @@ def train(
     Raises:
         NonFiniteError: as of `Trainer.train_step`.
     """
-    settings = trainer.settings
+    settings, replicas = trainer.settings, trainer.replicas
+    first = replicas.rank == 0
     saved = trainer.step
-    with _stop_signal() as stop, log.open("a", encoding="utf-8") as lines:
-        while trainer.step < settings.steps and not stop.is_set():
+    with _stop_signal() as stop, log.open("a", encoding="utf-8") if first else contextlib.nullcontext() as lines:
+        while trainer.step < settings.steps and not replicas.any(stop.is_set(), trainer.device):
             start = time.perf_counter()
             loss = trainer.train_step()
             seconds = time.perf_counter() - start
@@ -209,13 +233,15 @@ def train(
                 seconds=seconds,
                 skipped=trainer.skipped,
             )
+            if lines is None:
+                continue
             lines.write(json.dumps(dataclasses.asdict(record)) + "\n")
             lines.flush()
             on_step(record)
             if trainer.step % save_every == 0 or trainer.step == settings.steps:
                 save_checkpoint(checkpoint, trainer.state_dict())
                 saved = trainer.step
-        if saved != trainer.step:
+        if first and saved != trainer.step:
             save_checkpoint(checkpoint, trainer.state_dict())
     return trainer.step == settings.steps
 

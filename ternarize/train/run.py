@@ -12,6 +12,7 @@ from torch import nn
 from ternarize.api import freeze, is_ternary
 from ternarize.checkpoint import save_pretrained
 from ternarize.checkpoint.write import new_folder, write_json
+from ternarize.distributed import Replicas
 from ternarize.errors import CheckpointError, ConfigError
 from ternarize.evaluate import require_transformers, without_progress_bars
 from ternarize.train.checkpoint import load_checkpoint
@@ -89,6 +90,8 @@ def start(
 ) -> Trainer:
     """Make a run's folder, or open it again, and return its trainer.
 
+    Of several processes, all of which call this, the first one makes the folder.
+
     Args:
         folder: which must not exist, or with ``resume`` hold a run of the same settings, source and model.
         settings: of the run.
@@ -110,23 +113,26 @@ def start(
         "source": source.as_dict(),
         "model": json.loads(config.to_json_string()),
     }
+    replicas = Replicas()
+    first = replicas.rank == 0
     if resume:
         _require_same(folder.path / RUN_FILE, description)
-    elif folder.path.is_dir() and any(folder.path.iterdir()):
+    elif first and folder.path.is_dir() and any(folder.path.iterdir()):
         raise CheckpointError(f"{folder.path} exists: continue its run with --resume, or name another folder")
     model = build_model(config, settings, device)
-    if not resume:
+    if first and not resume:
         with new_folder(folder.path, force=False) as partial:
             write_tokens(partial, source.texts, source.validation, source.tokenizer and tokenizer)
             open_tokens(partial, tokenizer).check(settings.ctx)
             write_json(partial / RUN_FILE, description)
+    replicas.any(False, device)
     trainer = Trainer(
         model, settings, open_tokens(folder.path, tokenizer), compiled=compiled, skip_nonfinite=skip_nonfinite
     )
     if folder.checkpoint.is_file():
         trainer.load_state_dict(load_checkpoint(folder.checkpoint))
     # Steps after the checkpoint are made, and logged, again.
-    if folder.log.is_file():
+    if first and folder.log.is_file():
         lines = [json.dumps(record) + "\n" for record in read_log(folder.log, trainer.step)]
         folder.log.write_text("".join(lines), encoding="utf-8")
     return trainer

@@ -39,6 +39,7 @@ _STATE = {
     "W": "*bf16",
     "status": "*i32",
     "refuse": "*i32",
+    "lr": "*fp32",
     "T_accum": "*i8",
     "T_momentum": "*i8",
 }

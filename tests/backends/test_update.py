@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,8 @@ def commit_arguments(layer: TernaryLinear, refuse: int, lr: float) -> tuple[obje
     state = (layer.T_packed, layer.E, layer.T_accum, layer.T_momentum, layer.E_accum, layer.row_log2, layer.col_log2)
     staged = (layer.rng, layer.stage, layer.stage_E, layer.stage_row, layer.stage_col, layer.status)
     refused = torch.tensor([refuse], dtype=torch.int32, device=layer.E.device)
-    return (*state, *staged, refused, lr, 100, 2, layer.group_size, layer.rule)
+    rate = torch.full((1,), lr, device=layer.E.device)
+    return (*state, *staged, refused, rate, 100, 2, layer.group_size, layer.rule)
 
 
 def commit(backend: str, layer: TernaryLinear, *, refuse: int = 0, lr: float = 0.3) -> None:
@@ -90,6 +92,60 @@ def staged(layer: TernaryLinear) -> list[Tensor]:
 def assert_equal(layer: TernaryLinear, other: TernaryLinear) -> None:
     for name, parameter in layer.named_parameters():
         assert torch.equal(parameter, other.get_parameter(name)), name
+
+
+def apply_arguments(
+    layers: list[TernaryLinear], grad_y: list[Tensor], x: Tensor, *, refuse: int = 0, lr: float = 0.3
+) -> tuple[object, ...]:
+    names = ("T_packed", "E", "T_accum", "T_momentum", "E_accum", "row_log2", "col_log2", "rng", "status")
+    state = [present([getattr(layer, name) for layer in layers]) for name in names]
+    refused = torch.tensor([refuse], dtype=torch.int32, device=x.device)
+    rate = torch.tensor(lr, device=x.device)
+    first = layers[0]
+    return (grad_y, x, *state, [refused] * len(layers), [rate] * len(layers), 100, 2, first.group_size, first.rule)
+
+
+def apply_at_once(backend: str, *args: Any, **options: Any) -> None:
+    getattr(torch.ops.ternarize, f"update_apply_{backend}")(*apply_arguments(*args, **options))
+
+
+@on_every_backend
+@for_every_rule
+def test_both_halves_at_once_are_a_stage_and_a_commit(
+    backend: str, device: str, rule: Rule, accumulator: Accumulator
+) -> None:
+    layers = [random_layer(N, 34, 32, rule, accumulator, device) for N in (4, 9)]
+    expected = copy.deepcopy(layers)
+    for _ in range(3):
+        x, grad_y = integers(7, 34, device=device), [integers(7, N, device=device) for N in (4, 9)]
+        apply_at_once(backend, layers, grad_y, x)
+        stage("torch", expected, grad_y, x)
+        for layer, other in zip(layers, expected, strict=True):
+            commit("torch", other)
+            other.rng[2] += 1
+            assert_equal(layer, other)
+            assert torch.equal(layer.rng, other.rng)
+            assert layer.status.tolist() == [0, 0]
+
+
+@on_every_backend
+@for_every_rule
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning:triton.*")
+def test_at_once_a_bad_gradient_or_a_flag_changes_nothing_and_is_not_forgotten(
+    backend: str, device: str, rule: Rule, accumulator: Accumulator
+) -> None:
+    layer = random_layer(5, 40, 32, rule, accumulator, device)
+    before = copy.deepcopy(layer)
+    x, grad_y = integers(4, 40, device=device), integers(4, 5, device=device)
+    apply_at_once(backend, [layer], [grad_y], x, refuse=4)
+    assert layer.status.tolist() == [0, 0]
+    apply_at_once(backend, [layer], [grad_y * torch.nan], x)
+    assert layer.status.tolist() == [NONFINITE_GRADIENT, 0]
+    # As long as the optimizer has not seen it, a good gradient changes nothing either.
+    apply_at_once(backend, [layer], [grad_y], x)
+    assert layer.status.tolist() == [NONFINITE_GRADIENT, 0]
+    assert_equal(layer, before)
+    assert torch.equal(layer.rng, before.rng)
 
 
 @on_every_backend
@@ -252,3 +308,5 @@ def test_the_update_ops_pass_opcheck(backend: str, device: str, rule: Rule, accu
         ),
     )
     torch.library.opcheck(getattr(ops, f"update_commit_{backend}"), commit_arguments(layer, 0, 0.3))
+    at_once = apply_arguments([layer], [integers(4, 3, device=device)], integers(4, 20, device=device))
+    torch.library.opcheck(getattr(ops, f"update_apply_{backend}"), at_once)

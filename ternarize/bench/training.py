@@ -103,6 +103,12 @@ def stage_arguments(grad_y: Tensor, x: Tensor, layer: TernaryLinear) -> tuple[ob
     return ([grad_y], x, *state, [layer.stage_row], [layer.stage_col], [layer.status], layer.group_size, layer.rule)
 
 
+@functools.cache
+def _refuse_and_lr(device: torch.device) -> tuple[Tensor, Tensor]:
+    """What an optimizer has on the device before it commits."""
+    return torch.zeros(1, dtype=torch.int32, device=device), torch.full((1,), LR, device=device)
+
+
 def update(kernel: str, grad_y: Tensor, x: Tensor, layer: TernaryLinear) -> Tensor:
     """One step of training of a layer, by the kernels of a backend; returns its trits."""
     ops.lowered("update_stage", kernel)(*stage_arguments(grad_y, x, layer))
@@ -120,8 +126,7 @@ def update(kernel: str, grad_y: Tensor, x: Tensor, layer: TernaryLinear) -> Tens
         layer.stage_row,
         layer.stage_col,
         layer.status,
-        torch.zeros_like(layer.status[:1]),
-        LR,
+        *_refuse_and_lr(layer.T_packed.device),
         1,
         1,
         layer.group_size,

@@ -4,10 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from ternarize.bench.llama import SHAPES
 from ternarize.bench.process import ContenderError
+from ternarize.cli import USAGE, main
 
 CPU = torch.device("cpu")
 
@@ -40,3 +42,15 @@ class Local:
 
     def close(self) -> None:
         self.contender = None
+
+
+def assert_usage_error(call: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A wrong call of the command is one line on standard error, with ``message`` in it."""
+    try:
+        code = main(call)
+    except SystemExit as exit_info:
+        code = exit_info.code  # type: ignore[assignment]  # an integer, from argparse
+    assert code == USAGE
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

@@ -18,12 +18,12 @@ from ternarize.bench.step import Contender, Task, Work
 from ternarize.bench.timing import MIN_ROUNDS
 from ternarize.bench.turns import times_dense
 from ternarize.checkpoint.transformers_model import empty_model
-from ternarize.cli import FAILURE, OK, USAGE, bench_model, main
+from ternarize.cli import FAILURE, OK, bench_model, main
 from ternarize.config import TernaryConfig
 from ternarize.errors import ConfigError
 from ternarize.layer import ternary_layers
 from ternarize.packing import has_illegal_code
-from tests.bench_kit import CPU, TINY, Local
+from tests.bench_kit import CPU, TINY, Local, assert_usage_error
 
 TERNARY = TernaryConfig(group_size=32)
 
@@ -311,14 +311,7 @@ def test_a_wrong_model_fails_the_run(
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="--layers fit works with a GPU")
 def test_a_wrong_call_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        code = main(["bench", "decode", *arguments])
-    except SystemExit as exit_info:
-        code = exit_info.code  # type: ignore[assignment]  # an integer, from argparse
-    assert code == USAGE
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    assert_usage_error(["bench", "decode", *arguments], message, capsys)
 
 
 def test_times_dense_needs_both_times() -> None:

@@ -20,10 +20,10 @@ from ternarize.bench.timing import MIN_ROUNDS
 from ternarize.bench.train import Plan, measure_training, teraflops
 from ternarize.bench.train_step import Contender, Task, Training, bytes_a_weight
 from ternarize.bench.turns import Result, times_dense
-from ternarize.cli import FAILURE, OK, USAGE, bench_train, main
+from ternarize.cli import FAILURE, OK, bench_train, main
 from ternarize.config import Kernels, kernels_policy
 from ternarize.layer import ternary_layers
-from tests.bench_kit import CPU, TINY, Local
+from tests.bench_kit import CPU, TINY, Local, assert_usage_error
 
 INT8 = TernaryConfig(group_size=32)
 INT4 = TernaryConfig(group_size=32, accumulator="int4")
@@ -392,11 +392,4 @@ def test_a_wrong_step_fails_the_run(
     ],
 )
 def test_a_wrong_call_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        code = main(["bench", "train", *arguments])
-    except SystemExit as exit_info:
-        code = exit_info.code  # type: ignore[assignment]  # an integer, from argparse
-    assert code == USAGE
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    assert_usage_error(["bench", "train", *arguments], message, capsys)

@@ -32,6 +32,11 @@ class LayerShape:
     bias: bool
 
 
+def pointer(buffer: Any, access: Literal["r", "w", "rw"]) -> Any:
+    """The start of a buffer, for a device function; a null pointer for None."""
+    return 0 if buffer is None else T.access_ptr(buffer[(0,) * len(buffer.shape)], access)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerBuffers:
     """The tensors of one layer, as TileLang buffers; None for those that it does not have."""
@@ -51,10 +56,10 @@ class LayerBuffers:
     y: Any
     """[M, N], written."""
 
-
-def pointer(buffer: Any, access: Literal["r", "w", "rw"]) -> Any:
-    """The start of a buffer, for a device function; a null pointer for None."""
-    return 0 if buffer is None else T.access_ptr(buffer[(0,) * len(buffer.shape)], access)
+    def pointers(self) -> list[Any]:
+        """All but T_packed, in their order: the last arguments of ``layer`` in both kernels that are CUDA C++."""
+        read = (self.E, self.E_mantissa, self.bias, self.bias_exponent)
+        return [*(pointer(buffer, "r") for buffer in read), pointer(self.status, "rw"), pointer(self.y, "w")]
 
 
 def call_arguments(

@@ -29,7 +29,7 @@ def choose_tile(
 
 def heuristic_tile(M: int, layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype) -> Tile | DecodeTile:
     """The choice of `choose_tile` where nothing was measured."""
-    return choose_decode_tile(M, layers, K, g, dtype) or choose_wgmma_tile(M, layers, K, g, dtype)
+    return choose_decode_tile(M, layers, K, g) or choose_wgmma_tile(M, layers, K, g, dtype)
 
 
 def programs_for(

@@ -166,12 +166,7 @@ def decode_program(
                         "ternarize::layer",
                         layer.N,
                         pointer(tensors.T_packed, "r"),
-                        pointer(tensors.E, "r"),
-                        pointer(tensors.E_mantissa, "r"),
-                        pointer(tensors.bias, "r"),
-                        pointer(tensors.bias_exponent, "r"),
-                        pointer(tensors.status, "rw"),
-                        pointer(tensors.y, "w"),
+                        *tensors.pointers(),
                     )
                     for layer, tensors in zip(layers, buffers, strict=True)
                 ),
@@ -187,7 +182,6 @@ def choose_decode_tile(
     layers: tuple[LayerShape, ...],
     K: int,
     g: int,
-    dtype: Dtype,  # noqa: ARG001  # the arguments of choose_wgmma_tile
     activation: Activation = "float",
 ) -> DecodeTile | None:
     """The first of `decode_tiles`, or None for a call that linear_decode.cuh does not serve."""

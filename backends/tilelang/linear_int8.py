@@ -31,7 +31,7 @@ def programs_for(
     def program(layers: tuple[LayerShape, ...], tile: DecodeTile | Int8Tile) -> Program:
         return Program(layers=layers, K=K, g=g, dtype=name, activation="int8", guarded=guarded, tile=tile)
 
-    decode = choose_decode_tile(M, layers, K, g, name, "int8")
+    decode = choose_decode_tile(M, layers, K, g, "int8")
     if decode is not None:
         return (program(layers, decode),)
     return tuple(program((layer,), choose_int8_wgmma_tile(M, layer.N, K, g)) for layer in layers)

@@ -11,7 +11,7 @@ from typing import Any
 import tilelang.language as T
 
 from ternarize.backends.tilelang.hopper import CLUSTERS, SHARED_BYTES
-from ternarize.backends.tilelang.layers import MANTISSA_BYTES, Dtype, LayerShape, call_arguments, pointer
+from ternarize.backends.tilelang.layers import MANTISSA_BYTES, Dtype, LayerShape, call_arguments
 
 #: What the kernel is made of beside the instructions of hopper.cuh and wgmma.cuh.
 PARTS = ("numbers.cuh", "linear_wgmma_tiles.cuh", "linear_wgmma_weights.cuh", "linear_wgmma.cuh")
@@ -142,12 +142,7 @@ def wgmma_program(layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, 
             _tensor_map(tensors.T_packed, tile.packed_box(planes)),
             y_boxes,
             layer.N,
-            pointer(tensors.E, "r"),
-            pointer(tensors.E_mantissa, "r"),
-            pointer(tensors.bias, "r"),
-            pointer(tensors.bias_exponent, "r"),
-            pointer(tensors.status, "rw"),
-            pointer(tensors.y, "w"),
+            *tensors.pointers(),
         )
 
     @T.prim_func

@@ -275,7 +275,7 @@ def test_the_program_passes_its_arguments_in_order_and_compiles(
 ) -> None:
     from ternarize.backends.tilelang.linear_decode import choose_decode_tile, decode_program
 
-    tile = choose_decode_tile(M, layers, K, g, "bfloat16", activation)
+    tile = choose_decode_tile(M, layers, K, g, activation)
     assert tile is not None
     source = lower(decode_program(layers, K, g, "bfloat16", guarded=guarded, tile=tile, activation=activation))
     call = source[source.rindex("ternarize::linear_decode<") :].split(";")[0]
@@ -306,7 +306,7 @@ def test_a_tile_shares_out_all_work_and_fits(M: int, out_features: tuple[int, ..
     from ternarize.backends.tilelang.linear_decode import choose_decode_tile
 
     layers = tuple(layer_shape(N) for N in out_features)
-    tile = choose_decode_tile(M, layers, K, g, "bfloat16")
+    tile = choose_decode_tile(M, layers, K, g)
     assert tile is not None
     assert M <= tile.TOKENS
     # No block, and no warp that K is split over, is without work.
@@ -332,4 +332,4 @@ def test_a_tile_shares_out_all_work_and_fits(M: int, out_features: tuple[int, ..
 def test_what_decode_does_not_serve_it_leaves_to_wgmma(M: int, layers: tuple[Any, ...], K: int, g: int) -> None:
     from ternarize.backends.tilelang.linear_decode import choose_decode_tile
 
-    assert choose_decode_tile(M, layers, K, g, "bfloat16") is None
+    assert choose_decode_tile(M, layers, K, g) is None

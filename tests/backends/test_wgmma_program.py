@@ -35,6 +35,39 @@ PROGRAMS = {
         dtype="float16",
         tile={"BLOCK_M": 64, "ROW_TILES": 1, "WARPGROUPS": 3, "CLUSTER": 8},
     ),
+    "int8, tokens of x at most": Case(
+        M=256,
+        layers=(layer_shape(4096),),
+        K=4096,
+        g=128,
+        activation="int8",
+        tile={"BLOCK_M": 256, "CLUSTER": 2},
+    ),
+    "int8, three layers": Case(
+        M=128,
+        layers=(layer_shape(4096), layer_shape(1024, bias=True), layer_shape(333)),
+        K=4096,
+        g=128,
+        activation="int8",
+        tile={"BLOCK_M": 128, "ROW_TILES": 2, "CLUSTER": 2},
+    ),
+    "int8, groups of 32": Case(
+        M=64,
+        layers=(layer_shape(336, bias=True),),
+        K=1152,
+        g=32,
+        dtype="float16",
+        activation="int8",
+        tile={"BLOCK_M": 64, "ROW_TILES": 1, "WARPGROUPS": 4, "CLUSTER": 8},
+    ),
+    "int8, groups of 64": Case(
+        M=64,
+        layers=(layer_shape(333, bias=True),),
+        K=1216,
+        g=64,
+        activation="int8",
+        tile={"BLOCK_M": 128, "ROW_TILES": 2, "CLUSTER": 4},
+    ),
 }
 
 
@@ -44,7 +77,7 @@ def test_the_program_passes_its_arguments_in_order(name: str, guarded: bool) -> 
     case = PROGRAMS[name]
     source = _lower(case, guarded=guarded)
     call = source[source.rindex("ternarize::linear_wgmma<") :].split(";")[0]
-    expected = ["x_desc", "M", "shared"]
+    expected = ["x_desc", "M", "shared", "scale" if case.activation == "int8" else "0"]
     for i, layer in enumerate(case.layers):
         expected += [f"T_packed_{i}_desc", f"y_{i}_desc" if layer.N % 8 == 0 else "0", str(layer.N), f"E_{i}"]
         expected += [f"E_mantissa_{i}" if layer.mantissa else "0"]
@@ -68,8 +101,10 @@ def test_the_program_compiles(tmp_path: Path, name: str) -> None:
 def _lower(case: Case, *, guarded: bool) -> str:
     from ternarize.backends.tilelang.linear_wgmma import wgmma_program, wgmma_tiles
 
-    (tile,) = (tile for tile in wgmma_tiles(case.layers, case.dtype) if case.tile.items() <= vars(tile).items())
-    return lower(wgmma_program(case.layers, case.K, case.g, case.dtype, guarded=guarded, tile=tile))
+    tiles = wgmma_tiles(case.layers, case.dtype, case.activation)
+    (tile,) = (tile for tile in tiles if case.tile.items() <= vars(tile).items())
+    call = (case.layers, case.K, case.g, case.dtype)
+    return lower(wgmma_program(*call, guarded=guarded, tile=tile, activation=case.activation))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

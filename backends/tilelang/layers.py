@@ -69,8 +69,8 @@ def call_arguments(
 ) -> tuple[Any, Any, list[LayerBuffers]]:
     """Declare the arguments of the prim_func that is being built; to be called first in its body.
 
-    The order is that of the kernel's call: x; its scale, if it is int8; T_packed, E, E_mantissa, bias, bias_exponent and
-    status of each layer, as far as it has them; then the y of each.
+    The order is that of the kernel's call: x, and its scale if it is int8; T_packed, E, E_mantissa, bias, bias_exponent
+    and status of each layer, as far as it has them; then the y of each.
 
     Args:
         layers: of the call.

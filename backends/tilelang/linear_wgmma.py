@@ -77,7 +77,7 @@ class Tile:
         return self.stored_tokens, 64
 
     def shared_bytes(self, planes: int, activation: Activation = "float") -> int:
-        """Shared memory of a block: its stages, and for each warpgroup two buffers of y and the scales of int8 tokens."""
+        """Shared memory of a block: its stages; for each warpgroup two buffers of y, and the scales of int8 tokens."""
         of_warpgroup = 2 * self.stored_tokens * 128 + (self.BLOCK_M * 4 if activation == "int8" else 0)
         return self.STAGES * self.stage_bytes(planes, activation) + self.WARPGROUPS * of_warpgroup
 

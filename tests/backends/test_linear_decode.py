@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from ternarize.config import Activation
 from ternarize.packing import dequantize

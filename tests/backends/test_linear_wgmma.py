@@ -245,9 +245,7 @@ def test_int8_takes_every_exponent(emulation: Emulation, name: str, ends: tuple[
         expected = layer.expected(inputs.value(), case)
         # The least of float32 and bfloat16 is 2^-149 and 2^-133.
         rows = expected.abs().amax(0, keepdim=True).clamp_min(2.0**-110)
-        torch.testing.assert_close(
-            layer.y.double() / rows, expected / rows, rtol=ROUNDING_ERROR[case.dtype], atol=1e-5
-        )
+        torch.testing.assert_close(layer.y.double() / rows, expected / rows, rtol=ROUNDING_ERROR[case.dtype], atol=1e-5)
         assert layer.status.tolist() == [0, 0]
 
 

@@ -86,7 +86,9 @@ class Emulation:
         """Write y and status of the layers, and fail with what the kernel did wrong, if anything."""
         case = self.cases[name]
         tile = case.wgmma_tile()
-        rows = [torch.full((case.M + tile.BLOCK_M, layer.y.shape[1]), torch.nan, dtype=layer.y.dtype) for layer in layers]
+        rows = [
+            torch.full((case.M + tile.BLOCK_M, layer.y.shape[1]), torch.nan, dtype=layer.y.dtype) for layer in layers
+        ]
         for layer, memory in zip(layers, rows, strict=True):
             layer.y = memory[: case.M]
         maps = [TensorMap.of(inputs.x, tile.x_box(case.K, case.g, case.activation), written=True)]

@@ -44,7 +44,7 @@ def test_nodes_that_may_write_to_an_argument_are_found(function: Callable[..., A
 
     def record(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         found.append(any(mutates(node) for node in graph.graph.nodes))
-        return graph.forward  # type: ignore[no-any-return]  # untyped
+        return graph.forward
 
     torch._dynamo.reset()
     torch.compile(function, backend=record, fullgraph=True)(torch.zeros(3), torch.ones(3, dtype=torch.bool))

@@ -203,9 +203,8 @@ def wgmma_program(
     return ternary_linear_wgmma
 
 
-#: Microseconds that a block takes for a step along K, by BLOCK_M, ROW_TILES and WARPGROUPS; those of a launch; of the
-#: start and end of a tile of 128 tokens and row tiles; and of adding up its parts, for each block of a cluster. Least
-#: squares over 307 timings of 8 layers, 16 to 4096 tokens, on an H100 (docs/benchmarks.md): 7 % of each.
+#: Microseconds that a block takes for a step along K, by BLOCK_M, ROW_TILES and WARPGROUPS. Least squares on an H100
+#: (docs/benchmarks.md): over 307 timings of 8 layers, 16 to 4096 tokens, 7 % of each; of int8 over 125 of 5 layers, 5 %.
 _STEP: dict[Activation, dict[tuple[int, int, int], float]] = {
     "float": {
         (16, 1, 2): 0.41,
@@ -223,27 +222,25 @@ _STEP: dict[Activation, dict[tuple[int, int, int], float]] = {
         (256, 1, 2): 1.24,
     },
     "int8": {
-        (16, 1, 2): 0.25,
-        (16, 1, 4): 0.35,
-        (16, 2, 2): 0.35,
-        (16, 2, 4): 0.60,
-        (32, 1, 2): 0.26,
-        (32, 2, 2): 0.38,
-        (32, 2, 4): 0.62,
-        (64, 1, 2): 0.30,
-        (64, 1, 3): 0.40,
-        (64, 1, 4): 0.50,
-        (64, 2, 2): 0.45,
-        (64, 2, 3): 0.65,
-        (128, 1, 2): 0.40,
-        (128, 1, 3): 0.55,
-        (128, 1, 4): 0.70,
-        (128, 2, 2): 0.70,
-        (192, 1, 3): 0.80,
-        (256, 1, 2): 0.72,
+        (16, 1, 2): 0.37,
+        (16, 2, 2): 0.56,
+        (32, 1, 2): 0.40,
+        (64, 1, 2): 0.40,
+        (64, 1, 3): 0.58,
+        (64, 1, 4): 0.81,
+        (64, 2, 2): 0.70,
+        (64, 2, 3): 1.09,
+        (128, 1, 2): 0.50,
+        (128, 1, 3): 0.71,
+        (128, 2, 2): 0.82,
+        (192, 1, 3): 0.79,
+        (256, 1, 2): 0.62,
     },
 }
-_LAUNCH, _TILE, _PART = 2.3, 2.0, 0.15
+
+#: Of the same fits: those of a launch; of the start and end of a tile of 128 tokens and row tiles; and of adding up its
+#: parts, for each block of a cluster.
+_LAUNCH_TILE_PART: dict[Activation, tuple[float, float, float]] = {"float": (2.3, 2.0, 0.15), "int8": (1.7, 2.2, 0.4)}
 
 #: Sums that a thread has room for where those of groups are kept apart, by WARPGROUPS.
 _MOST_SUMS = {2: 160, 3: 96, 4: 48}
@@ -296,8 +293,9 @@ def estimated_microseconds(
     steps = K // g * -(-g // 128) + -(-(K % g) // 128) if g >= 128 else -(-K // 128)
     step = _STEP[activation][tile.BLOCK_M, tile.ROW_TILES, tile.WARPGROUPS]
     size = tile.BLOCK_M * tile.ROW_TILES / 128
+    launch, ends, part = _LAUNCH_TILE_PART[activation]
     return (
-        _LAUNCH
-        + rounds * (steps * step + size * _TILE)
-        + shared_rounds * (-(-steps // tile.CLUSTER) * step + size * _TILE + tile.CLUSTER * _PART)
+        launch
+        + rounds * (steps * step + size * ends)
+        + shared_rounds * (-(-steps // tile.CLUSTER) * step + size * ends + tile.CLUSTER * part)
     )

@@ -11,7 +11,7 @@ namespace ternarize {
 // Exponents below the base that an operand of 8 bits holds.
 constexpr int WINDOW = 6;
 
-// The operand A of wgmma for one product, 32 columns of a group: T · value[row], for the rows r and r + 8.
+// The operand A of wgmma for one product, 32 columns of a group: T · (64 >> shift[row]), for the rows r and r + 8.
 //
 // In each 16 columns a thread has the four from 4q, q its place in its quad. They are the same plane of four neighbouring
 // bytes, a word of T_packed: 16 packed bytes are four planes of 16 columns each. Two planes lie in the nibbles of the
@@ -21,17 +21,18 @@ constexpr int WINDOW = 6;
 //
 // words: [row][16 bytes], from byte 4q; of a group of 32, from byte 4 (q % 2) of its 8.
 template <int GROUP>
-__device__ __forceinline__ void decode_int8(const uint32_t (&words)[2][GROUP == 128 ? 2 : 1],
-                                            const uint32_t (&value)[2], int product, uint32_t* registers) {
+__device__ __forceinline__ void decode_int8(const uint32_t (&words)[2][GROUP == 128 ? 2 : 1], const int (&shift)[2],
+                                            int product, uint32_t* registers) {
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     const int row = r % 2, upper = r / 2;
     const int plane = GROUP == 128 ? product : GROUP == 64 ? 2 * product + upper : 2 * upper;
-    const int shift = GROUP == 32 ? threadIdx.x % 4 / 2 * 2 : plane % 2 * 2;
-    const uint32_t values = value[row] << 8 | (0u - value[row]) << 24;
-    const uint32_t nibbles = words[row][GROUP == 128 ? upper : 0] >> shift & 0x33333333u;
-    registers[r] = __byte_perm(__byte_perm(values, 0, nibbles), __byte_perm(values, 0, nibbles >> 16),
-                               plane < 2 ? 0x6420 : 0x7531);
+    const int place = GROUP == 32 ? threadIdx.x % 4 / 2 * 2 : plane % 2 * 2;
+    // Bytes 0, 64, 0 and -64, whose bits stay within their bytes in shifts up to 6.
+    const uint32_t values = static_cast<int>(0xC0004000) >> shift[row];
+    const uint32_t nibbles = words[row][GROUP == 128 ? upper : 0] >> place & 0x33333333u;
+    registers[r] =
+        permute(permute(values, 0, nibbles), permute(values, 0, nibbles >> 16), plane < 2 ? 0x6420 : 0x7531);
   }
 }
 
@@ -99,9 +100,14 @@ __device__ __forceinline__ void sum_up_int8(const Work& work, Stages<S>& stages,
   constexpr int IN_FLIGHT = BATCHES % 2 == 0 ? 1 : 0;
 
   const int thread = threadIdx.x % 128, warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32;
-  // Rows row and row + 8 of each 64; 16 bytes are swapped in every other four rows.
+  // Rows row and row + 8 of each 64; 16 bytes are swapped in every other four rows. Where a row's words lie, in the first
+  // 16 bytes and in the last, is kept: the compiler would rather find it out at each step.
   const int row = thread / 32 * 16 + lane / 4;
-  const int swizzle = lane / 16 * 16;
+  int places[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    places[i] = row * S::PACKED_ROW_BYTES + (i ^ lane / 16) * 16 + lane % (GROUP == 32 ? 2 : 4) * 4;
+  keep(places);
   int rows[2 * ROW_TILES];
 #pragma unroll
   for (int r = 0; r < 2 * ROW_TILES; ++r) rows[r] = work.n0 + (warpgroup * ROW_TILES + r / 2) * 64 + row + r % 2 * 8;
@@ -126,94 +132,102 @@ __device__ __forceinline__ void sum_up_int8(const Work& work, Stages<S>& stages,
   const bool bases_move = any_of(1 + warpgroup, 128, differ);
 
   int integers[ROW_TILES][S::SUMS] = {};
-  double exact[ROW_TILES][S::SUMS];
-  if (bases_move)
-#pragma unroll
-    for (int t = 0; t < ROW_TILES; ++t)
-#pragma unroll
-      for (int i = 0; i < S::SUMS; ++i) store_local(exact[t] + i, 0);
   int previous = -1;
-  for (int part = first;;) {
-    for (; part < last; ++part) {
-      const int group = group_of(part), index = part % GROUPS_PER_STEP;
-      uint32_t value[ROW_TILES][2];
-      bool outside = false;
+  // Adds the products of a group and of a step.
+  auto multiply = [&](int part) {
+    const int group = group_of(part), index = part % GROUPS_PER_STEP;
+    if (index == 0) barrier_wait(stages.full + stages.stage, stages.phase);
+    const uint8_t* const packed = stages.stage_packed(warpgroup);
+    // A group of less than 128 weights is part of a row of x in shared memory.
+    const uint64_t x = matrix_descriptor<S::X_ROW_BYTES>(stages.stage_x()) + index * GROUP % 128 / 16;
+    uint32_t words[2][WORDS];
 #pragma unroll
-      for (int r = 0; r < 2 * ROW_TILES; ++r) {
-        const int below = base[r] - exponents[r].at(group);
-        outside |= static_cast<unsigned>(below) > WINDOW;
-        value[r / 2][r % 2] = 64u >> (below & 31);
-      }
-      if (bases_move && any_of(1 + warpgroup, 128, outside)) break;
-
-      if (index == 0) barrier_wait(stages.full + stages.stage, stages.phase);
-      const uint8_t* const packed = stages.stage_packed(warpgroup) + row * S::PACKED_ROW_BYTES;
-      const int byte = index * (GROUP / 4) + lane % (GROUP == 32 ? 2 : 4) * 4;
-      // A group of less than 128 weights is part of a row of x in shared memory.
-      const uint64_t x = matrix_descriptor<S::X_ROW_BYTES>(stages.stage_x()) + index * GROUP / 16;
-      uint32_t words[2][WORDS];
+    for (int batch = 0; batch < BATCHES; ++batch) {
+      const int t = batch / BATCHES_PER_TILE;
+      if (batch % BATCHES_PER_TILE == 0)
 #pragma unroll
-      for (int batch = 0; batch < BATCHES; ++batch) {
-        const int t = batch / BATCHES_PER_TILE;
-        if (batch % BATCHES_PER_TILE == 0)
+        for (int half = 0; half < 2; ++half)
 #pragma unroll
-          for (int half = 0; half < 2; ++half)
+          for (int i = 0; i < WORDS; ++i) {
+            const int byte = index * (GROUP / 4) + i * 16;
+            words[half][i] = *reinterpret_cast<const uint32_t*>(
+                packed + places[byte / 16] + byte % 16 + (t * 64 + half * 8) * S::PACKED_ROW_BYTES);
+          }
+      const int shift[2] = {base[2 * t] - exponents[2 * t].at(group), base[2 * t + 1] - exponents[2 * t + 1].at(group)};
+      // Products of one word's two planes go together.
+      auto product = [&](int p) { return batch % BATCHES_PER_TILE + 2 * p; };
+      uint32_t a[PRODUCTS * 4];
 #pragma unroll
-            for (int i = 0; i < WORDS; ++i)
-              words[half][i] = *reinterpret_cast<const uint32_t*>(
-                  packed + (t * 64 + half * 8) * S::PACKED_ROW_BYTES + ((byte + i * 16) ^ swizzle));
-        // Products of one word's two planes go together.
-        auto product = [&](int p) { return batch % BATCHES_PER_TILE + 2 * p; };
-        uint32_t a[PRODUCTS * 4];
+      for (int p = 0; p < PRODUCTS; ++p) decode_int8<GROUP>(words, shift, product(p), a + p * 4);
+      keep(a);
+      wgmma_fence();
 #pragma unroll
-        for (int p = 0; p < PRODUCTS; ++p) decode_int8<GROUP>(words, value[t], product(p), a + p * 4);
-        keep(a);
-        wgmma_fence();
-#pragma unroll
-        for (int p = 0; p < PRODUCTS; ++p)
-          wgmma<S::BLOCK_M>(integers[t], a + p * 4, x + S::x_offset(product(p) * 32) / 16);
-        wgmma_commit();
-        wgmma_wait<IN_FLIGHT>();
-        if (batch == 0 && index == 0 && previous >= 0 && lane == 0) barrier_arrive(stages.empty + previous);
-      }
-      if (index == GROUPS_PER_STEP - 1) {
-        previous = stages.stage;
-        stages.advance();
-      }
-      const int next = group_of(part + 1);
-      if (next % 4 == 0 && next != group && part + 1 < last)
-#pragma unroll
-        for (int r = 0; r < 2 * ROW_TILES; ++r) exponents[r].advance(work.layer.E, work.layer.N, next);
+      for (int p = 0; p < PRODUCTS; ++p)
+        wgmma<S::BLOCK_M>(integers[t], a + p * 4, x + S::x_offset(product(p) * 32) / 16);
+      wgmma_commit();
+      wgmma_wait<IN_FLIGHT>();
+      if (batch == 0 && index == 0 && previous >= 0 && lane == 0) barrier_arrive(stages.empty + previous);
     }
+    if (index == GROUPS_PER_STEP - 1) {
+      previous = stages.stage;
+      stages.advance();
+    }
+    const int next = group_of(part + 1);
+    if (next % 4 == 0 && next != group && part + 1 < last)
+#pragma unroll
+      for (int r = 0; r < 2 * ROW_TILES; ++r) exponents[r].advance(work.layer.E, work.layer.N, next);
+  };
+  auto finish = [&] {
     wgmma_wait<0>();
 #pragma unroll
     for (int t = 0; t < ROW_TILES; ++t) keep(integers[t]);
-    if (bases_move)
-#pragma unroll
-      for (int t = 0; t < ROW_TILES; ++t) move_to_float64(integers[t], base[2 * t], base[2 * t + 1], exact[t]);
-    if (part == last) break;
-    // Just as far as it takes.
-#pragma unroll
-    for (int r = 0; r < 2 * ROW_TILES; ++r) {
-      const int E = exponents[r].at(group_of(part));
-      base[r] = max(E, min(base[r], E + WINDOW));
-    }
-  }
-  if (previous >= 0 && lane == 0) barrier_arrive(stages.empty + previous);
-
+  };
   auto token_scale = [&](int i) { return token_scales[i / 4 * 8 + lane % 4 * 2 + i % 2]; };
+
+  if (!bases_move) {
+    for (int part = first; part < last; ++part) multiply(part);
+    finish();
 #pragma unroll
-  for (int t = 0; t < ROW_TILES; ++t) {
-    if (bases_move) {
-#pragma unroll
-      for (int i = 0; i < S::SUMS; ++i) sums[t][i] = load_local(exact[t] + i) * token_scale(i);
-    } else {
+    for (int t = 0; t < ROW_TILES; ++t) {
       const float unit[2] = {exp2_int(base[2 * t]), exp2_int(base[2 * t + 1])};
 #pragma unroll
       for (int i = 0; i < S::SUMS; ++i)
         sums[t][i] = integers[t][i] * (token_scale(i) * (1.0f / (1 << WINDOW))) * unit[i / 2 % 2];
     }
+  } else {
+    double exact[ROW_TILES][S::SUMS];
+#pragma unroll
+    for (int t = 0; t < ROW_TILES; ++t)
+#pragma unroll
+      for (int i = 0; i < S::SUMS; ++i) store_local(exact[t] + i, 0);
+    for (int part = first; part < last; ++part) {
+      // Just as far as it takes.
+      int moved[2 * ROW_TILES];
+      bool move = false;
+#pragma unroll
+      for (int r = 0; r < 2 * ROW_TILES; ++r) {
+        const int E = exponents[r].at(group_of(part));
+        moved[r] = max(E, min(base[r], E + WINDOW));
+        move |= moved[r] != base[r];
+      }
+      if (any_of(1 + warpgroup, 128, move))
+#pragma unroll
+        for (int t = 0; t < ROW_TILES; ++t) {
+          move_to_float64(integers[t], base[2 * t], base[2 * t + 1], exact[t]);
+          base[2 * t] = moved[2 * t];
+          base[2 * t + 1] = moved[2 * t + 1];
+        }
+      multiply(part);
+      finish();
+    }
+#pragma unroll
+    for (int t = 0; t < ROW_TILES; ++t) {
+      move_to_float64(integers[t], base[2 * t], base[2 * t + 1], exact[t]);
+#pragma unroll
+      for (int i = 0; i < S::SUMS; ++i) sums[t][i] = load_local(exact[t] + i) * token_scale(i);
+    }
   }
+  if (previous >= 0 && lane == 0) barrier_arrive(stages.empty + previous);
 }
 
 }  // namespace ternarize

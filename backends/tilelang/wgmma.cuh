@@ -71,7 +71,8 @@ __device__ __forceinline__ void fence_for_tma() { asm volatile("fence.proxy.asyn
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-// The same, and whether any of the threads says so.
+// The same, and whether any of the threads says so. The vote is for the compiler alone: after it knows that all of a warp
+// get the same answer, it keeps what depends on it in uniform registers.
 __device__ __forceinline__ bool any_of(int id, int threads, bool condition) {
   int any;
   asm volatile(
@@ -79,6 +80,7 @@ __device__ __forceinline__ bool any_of(int id, int threads, bool condition) {
       ".reg .pred condition, any;\n"
       "setp.ne.s32 condition, %3, 0;\n"
       "barrier.cta.red.or.pred any, %1, %2, condition;\n"
+      "vote.sync.any.pred any, any, -1;\n"
       "selp.s32 %0, 1, 0, any;\n"
       "}"
       : "=r"(any)
@@ -168,6 +170,12 @@ __device__ __forceinline__ void keep(float (&registers)[COUNT]) {
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
+// __byte_perm whose operands the compiler leaves as they are.
+__device__ __forceinline__ uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(low), "r"(high), "r"(selector));
+  return d;
+}
 // Products of two pairs of bfloat16.
 __device__ __forceinline__ uint32_t multiply_bfloat16(uint32_t a, uint32_t b) {
   uint32_t d;

@@ -253,6 +253,7 @@ void wgmma_wait() {
 template <typename Registers>
 void keep(Registers&) {}
 
+inline uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) { return __byte_perm(low, high, selector); }
 inline uint32_t multiply_bfloat16(uint32_t a, uint32_t b) {
   uint32_t product = 0;
   for (int i = 0; i < 2; ++i) {

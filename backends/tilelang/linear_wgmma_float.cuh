@@ -82,7 +82,8 @@ __device__ __forceinline__ void sum_up(const Work& work, Stages<S>& stages, floa
       float scales[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        scales[half] = half_scale(exponents[t][half].at(group + index));
+        // Sums of groups past the last are zero, and must not be scaled by Inf.
+        scales[half] = half_scale(exponents[t][half].at(min(group + index, S::G - 1)));
         if (MANTISSA_BYTES != 0) scales[half] *= mantissas[t][half][index];
       }
       if constexpr (!SCALED) {

@@ -59,10 +59,13 @@ class Operands:
         """Exponents about -6, y not a number, and as much bias as it takes to show."""
         G = groups_per_row(case.K, case.g)
         T = torch.randint(-1, 2, (layer.planes, layer.N, case.K), dtype=torch.int8)
+        # What lies past its end, in the last word that kernels read, is no exponent of this layer.
+        E = torch.full((layer.N * G + 4,), 127, dtype=torch.int8)[:-4].view(layer.N, G)
+        E[:] = torch.randint(-9, -3, (layer.N, G))
         mantissa = layer.mantissa and torch.randint(1, 100, (layer.N, G)).to(getattr(torch, layer.mantissa))
         return cls(
             T_packed=pack(T if layer.planes > 1 else T[0], case.g),
-            E=torch.randint(-9, -3, (layer.N, G), dtype=torch.int8),
+            E=E,
             E_mantissa=mantissa,
             bias=torch.randint(-(2**31), 2**31, (layer.N,)).int() if layer.bias else None,
             bias_exponent=torch.tensor([-30], dtype=torch.int8) if layer.bias else None,

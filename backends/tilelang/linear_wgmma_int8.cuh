@@ -151,7 +151,7 @@ __device__ __forceinline__ void sum_up_int8(const Work& work, Stages<S>& stages,
           for (int i = 0; i < WORDS; ++i) {
             const int byte = index * (GROUP / 4) + i * 16;
             words[half][i] = *reinterpret_cast<const uint32_t*>(
-                packed + places[byte / 16] + byte % 16 + (t * 64 + half * 8) * S::PACKED_ROW_BYTES);
+                packed + (byte < 16 ? places[0] : places[1]) + byte % 16 + (t * 64 + half * 8) * S::PACKED_ROW_BYTES);
           }
       const int shift[2] = {base[2 * t] - exponents[2 * t].at(group), base[2 * t + 1] - exponents[2 * t + 1].at(group)};
       // Products of one word's two planes go together.

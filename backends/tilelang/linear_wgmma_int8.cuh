@@ -11,6 +11,9 @@ namespace ternarize {
 // Exponents below the base that an operand of 8 bits holds.
 constexpr int WINDOW = 6;
 
+// Of E (ternarize/packing.py): what a row of no groups is left with.
+constexpr int LEAST_EXPONENT = -126, LARGEST_EXPONENT = 127;
+
 // The operand A of wgmma for one product, 32 columns of a group: T · (64 >> shift[row]), for the rows r and r + 8.
 //
 // In each 16 columns a thread has the four from 4q, q its place in its quad. They are the same plane of four neighbouring
@@ -43,8 +46,8 @@ __device__ __forceinline__ void exponent_range(const int8_t* E, int N, const int
                                                int (&largest)[ROWS], int (&least)[ROWS]) {
 #pragma unroll
   for (int row = 0; row < ROWS; ++row) {
-    largest[row] = -128;
-    least[row] = 127;
+    largest[row] = LEAST_EXPONENT;
+    least[row] = LARGEST_EXPONENT;
   }
   // Rows need not start at a whole word: one more may be touched.
   for (int i = threadIdx.x % 4; i < (last - first + 3) / 4 + 1; i += 4) {

@@ -69,6 +69,9 @@ CASES = {
         activation="int8",
         tile={"CLUSTER": 2, "ROW_TILES": 2, "STAGES": 4},
     ),
+    "int8, split over four, fewer steps than blocks": WgmmaCase(
+        M=17, layers=(layer_shape(72),), K=192, g=64, activation="int8", tile={"CLUSTER": 4, "BLOCK_M": 16}
+    ),
     "int8, rounds, then a split": WgmmaCase(
         M=65,
         layers=(layer_shape(200, bias=True), layer_shape(9), layer_shape(136, bias=True)),

@@ -11,7 +11,7 @@ namespace ternarize {
 // Exponents below the base that an operand of 8 bits holds.
 constexpr int WINDOW = 6;
 
-// Of E (ternarize/packing.py): what a row of no groups is left with.
+// Of E (ternarize/packing.py). A block that is left without steps of a tile has the least one as its base.
 constexpr int LEAST_EXPONENT = -126, LARGEST_EXPONENT = 127;
 
 // The operand A of wgmma for one product, 32 columns of a group: T · (64 >> shift[row]), for the rows r and r + 8.

@@ -66,16 +66,31 @@ def commit_words_apart(key: tl.tuple, block: tl.tensor, word: tl.tensor) -> tl.t
 
 
 @triton.jit
+def first_of_eight(tile: tl.tensor) -> tl.tensor:
+    """Of a tile of whole runs of 32 columns the first of each 8 that share a block, [R, C] to [R, C / 8]."""
+    ROWS: tl.constexpr = tile.shape[0]
+    RUNS: tl.constexpr = tile.shape[1] // 32
+    apart = tl.permute(tl.reshape(tile, (ROWS, RUNS, 2, 2, 4, 2)), (0, 1, 4, 2, 3, 5))
+    words, _ = tl.split(apart)
+    pairs, _ = tl.split(words)
+    first, _ = tl.split(pairs)
+    return tl.reshape(first, (ROWS, RUNS * 4))
+
+
+@triton.jit
 def gradient_bits(
-    key: tl.tuple, micro_batch: tl.tensor, n: tl.tensor, run: tl.tensor, runs: tl.tensor, ROWS: tl.constexpr
+    key: tl.tuple, micro_batch: tl.tensor, n: tl.tensor, run: tl.tensor, runs: tl.tensor, G: tl.tensor
 ) -> tl.tensor:
     """`philox.gradient_bits` of rows n and whole runs of 32 columns, of which a row has ``runs``: int32.
 
-    In the registers of a wgmma accumulator nothing moves: a thread draws for the columns it holds.
+    If G, of float32, lies in wgmma's accumulators, nothing moves: a thread draws for the columns it holds.
     """
-    WIDTH: tl.constexpr = run.shape[0] * 32
-    blocks = tl.reshape(run[:, None] * 4 + tl.arange(0, 4)[None, :], (run.shape[0] * 4,))
+    ROWS: tl.constexpr = G.shape[0]
+    WIDTH: tl.constexpr = G.shape[1]
+    blocks = tl.reshape(run[:, None] * 4 + tl.arange(0, 4)[None, :], (WIDTH // 8,))
     block = (n.to(tl.int64) * (4 * runs))[:, None] + blocks[None, :]
+    # Zero, which only LLVM finds out: until then it makes Triton lay the blocks out as G, instead of moving their words.
+    block += ((first_of_eight(G).to(tl.uint32, bitcast=True) >> 16) >> 16).to(tl.int64)
     w0, w1, w2, w3 = random_words(key, micro_batch + _GRADIENT_STREAM, block)
     words = tl.reshape(interleave(w0, w1, w2, w3), (ROWS, run.shape[0], 4, 4))
     words = tl.permute(words, (0, 1, 3, 2))

@@ -93,7 +93,7 @@ def stage_kernel(
         key, count = load_key(rng), tl.load(status + 1)
         if RUNS_OF_32:
             run = tl.min(tl.reshape(k, (BLOCK_C // 8, 32)), 1) // 32
-            bits = gradient_bits(key, count, n, run, tl.cdiv(K, 32), BLOCK_N)
+            bits = gradient_bits(key, count, n, run, tl.cdiv(K, 32), G)
         else:
             bits = gradient_bits_apart(key, count, n, k, K)
         u = round_off(to_fixed(clamp(G * rows[:, None] * cols[None, :], _CLIP)), bits)

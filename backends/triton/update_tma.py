@@ -74,20 +74,19 @@ def stage_slice(
     K: tl.tensor,
 ) -> tl.tensor:
     """Stage the columns of G from ``first`` on; returns the sums of squares of its rows."""
-    ROWS: tl.constexpr = G.shape[0]
     WIDTH: tl.constexpr = G.shape[1]
     k = first + tl.arange(0, WIDTH)
     columns = tl.load(col_factor + k, mask=k < K, other=0.0)
-    place = stage + n.to(tl.int64)[:, None] * K + k[None, :]
-    inside = (n < N)[:, None] & (k < K)[None, :]
-    # For the first micro-batch nothing is loaded: a commit leaves zeros.
-    filled = tl.where(count > 0, N, 0)
-    staged = tl.load(place, mask=(n < filled)[:, None] & (k < K)[None, :], other=0)
     square = G * G
     tl.store(col_part + k, tl.sum(square, 0), mask=k < K)
-    bits = gradient_bits(key, count, n, first // 32 + tl.arange(0, WIDTH // 32), tl.cdiv(K, 32), ROWS)
+    bits = gradient_bits(key, count, n, first // 32 + tl.arange(0, WIDTH // 32), tl.cdiv(K, 32), G)
     u = round_off(to_fixed(clamp(G * row_factor[:, None] * columns[None, :], _CLIP)), bits).to(tl.int8)
-    tl.store(place, clamp(staged.to(tl.int32) + u.to(tl.int32), 127).to(tl.int8), mask=inside)
+    place = stage + n.to(tl.int64)[:, None] * K + k[None, :]
+    inside = (n < N)[:, None] & (k < K)[None, :]
+    # To the first micro-batch there is nothing to add: a commit leaves zeros.
+    if count > 0:
+        u = clamp(tl.load(place, mask=inside, other=0).to(tl.int32) + u.to(tl.int32), 127).to(tl.int8)
+    tl.store(place, u, mask=inside)
     return tl.sum(square, 1)
 
 

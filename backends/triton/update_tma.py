@@ -72,13 +72,18 @@ def stage_slice(
     first: tl.tensor,
     N: tl.tensor,
     K: tl.tensor,
+    WARPS: tl.constexpr,
 ) -> tl.tensor:
     """Stage the columns of G from ``first`` on; returns the sums of squares of its rows."""
+    ROWS: tl.constexpr = G.shape[0]
     WIDTH: tl.constexpr = G.shape[1]
     k = first + tl.arange(0, WIDTH)
     columns = tl.load(col_factor + k, mask=k < K, other=0.0)
     square = G * G
-    tl.store(col_part + k, tl.sum(square, 0), mask=k < K)
+    # Warp w has rows 16 · w to 16 · w + 15 of every 16 · WARPS. What it adds stays within it.
+    of_warps = tl.reshape(square, (ROWS // (16 * WARPS), WARPS, 16, WIDTH))
+    part = col_part + (tl.arange(0, WARPS).to(tl.int64) * K)[:, None] + k[None, :]
+    tl.store(part, tl.sum(tl.sum(of_warps, 0), 1), mask=(k < K)[None, :])
     bits = gradient_bits(key, count, n, first // 32 + tl.arange(0, WIDTH // 32), tl.cdiv(K, 32), G)
     u = round_off(to_fixed(clamp(G * row_factor[:, None] * columns[None, :], _CLIP)), bits).to(tl.int8)
     place = stage + n.to(tl.int64)[:, None] * K + k[None, :]
@@ -110,6 +115,7 @@ def stage_tile(
     BLOCK_K: tl.constexpr,
     SLICES: tl.constexpr,
     PANEL: tl.constexpr,
+    WARPS: tl.constexpr,
 ) -> None:
     """One tile of the stage, [BLOCK_N, BLOCK_K]."""
     tiles_n, tiles_k = tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
@@ -126,19 +132,19 @@ def stage_tile(
     n = first_n + tl.arange(0, BLOCK_N)
     rows = tl.load(row_factor + n, mask=n < N, other=0.0)
     count, key = tl.load(status + 1), load_key(rng)
-    col_part = col_parts + tile_n.to(tl.int64) * K
+    col_part = col_parts + tile_n.to(tl.int64) * WARPS * K
     WIDTH: tl.constexpr = BLOCK_K // SLICES
     left, right = halves(G)
     if SLICES == 2:
-        total = stage_slice(left, rows, col_factor, key, count, stage, col_part, n, first_k, N, K)
-        total += stage_slice(right, rows, col_factor, key, count, stage, col_part, n, first_k + WIDTH, N, K)
+        total = stage_slice(left, rows, col_factor, key, count, stage, col_part, n, first_k, N, K, WARPS)
+        total += stage_slice(right, rows, col_factor, key, count, stage, col_part, n, first_k + WIDTH, N, K, WARPS)
     else:
         s0, s1 = halves(left)
         s2, s3 = halves(right)
-        total = stage_slice(s0, rows, col_factor, key, count, stage, col_part, n, first_k, N, K)
-        total += stage_slice(s1, rows, col_factor, key, count, stage, col_part, n, first_k + WIDTH, N, K)
-        total += stage_slice(s2, rows, col_factor, key, count, stage, col_part, n, first_k + 2 * WIDTH, N, K)
-        total += stage_slice(s3, rows, col_factor, key, count, stage, col_part, n, first_k + 3 * WIDTH, N, K)
+        total = stage_slice(s0, rows, col_factor, key, count, stage, col_part, n, first_k, N, K, WARPS)
+        total += stage_slice(s1, rows, col_factor, key, count, stage, col_part, n, first_k + WIDTH, N, K, WARPS)
+        total += stage_slice(s2, rows, col_factor, key, count, stage, col_part, n, first_k + 2 * WIDTH, N, K, WARPS)
+        total += stage_slice(s3, rows, col_factor, key, count, stage, col_part, n, first_k + 3 * WIDTH, N, K, WARPS)
     tl.store(row_parts + tile_k.to(tl.int64) * N + n, total, mask=n < N)
 
     # Comparisons with NaN are false. A sum that is not finite may still be one of large squares.
@@ -167,6 +173,7 @@ def stage_tma_kernel(
     SLICES: tl.constexpr,
     PANEL: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    WARPS: tl.constexpr,
 ) -> None:
     """The tiles of one program; grad_y and x are tensor descriptors of [BLOCK_M, BLOCK_N] and [BLOCK_M, BLOCK_K]."""
     if PERSISTENT:
@@ -174,12 +181,12 @@ def stage_tma_kernel(
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             stage_tile(
                 tile, grad_y, x, row_factor, col_factor, rng, stage, row_parts, col_parts, status, M, N, K,
-                BLOCK_M, BLOCK_N, BLOCK_K, SLICES, PANEL,
+                BLOCK_M, BLOCK_N, BLOCK_K, SLICES, PANEL, WARPS,
             )  # fmt: skip
     else:
         stage_tile(
             tl.program_id(0), grad_y, x, row_factor, col_factor, rng, stage, row_parts, col_parts, status, M, N, K,
-            BLOCK_M, BLOCK_N, BLOCK_K, SLICES, PANEL,
+            BLOCK_M, BLOCK_N, BLOCK_K, SLICES, PANEL, WARPS,
         )  # fmt: skip
 
 
@@ -236,8 +243,9 @@ def stage_factored(
     processors = multiprocessors(x.device)
     tile = tile or tile_of(N, K, processors)
     tiles_n, tiles_k = triton.cdiv(N, tile.BLOCK_N), triton.cdiv(K, tile.BLOCK_K)
+    warps = min(tile.num_warps, tile.BLOCK_N // 16)
     row_parts = stage.new_empty((tiles_k, N), dtype=torch.float32)
-    col_parts = stage.new_empty((tiles_n, K), dtype=torch.float32)
+    col_parts = stage.new_empty((tiles_n * warps, K), dtype=torch.float32)
     programs = tiles_n * tiles_k
     stage_tma_kernel[(min(programs, processors) if tile.persistent else programs,)](
         TensorDescriptor.from_tensor(grad_y, [tile.BLOCK_M, tile.BLOCK_N]),
@@ -258,6 +266,7 @@ def stage_factored(
         SLICES=tile.SLICES,
         PANEL=tile.PANEL,
         PERSISTENT=tile.persistent,
+        WARPS=warps,
         num_stages=tile.num_stages,
         num_warps=tile.num_warps,
         enable_fp_fusion=False,

@@ -21,7 +21,7 @@ _E_MAX = tl.constexpr(E_MAX)
 
 #: Elements a program, and partial sums that it loads at once. Few, so that a vector keeps many SMs busy.
 _BLOCK = 64
-_PARTS = tl.constexpr(32)
+_PARTS = tl.constexpr(64)
 
 #: Elements a program of `normalisers`, each of which takes the mean over all rows: more would wait for fewer programs.
 _NORMALISED = 1024

@@ -84,6 +84,7 @@ def commit_kernel(
     rng: tl.tensor,
     stage: tl.tensor,
     status: tl.tensor,
+    committed: tl.tensor,
     refuse: tl.tensor,
     lr: tl.tensor,
     rate: tl.tensor,
@@ -97,8 +98,9 @@ def commit_kernel(
     FACTORED: tl.constexpr,
     RUNS: tl.constexpr,
     QUARTER: tl.constexpr,
+    CLEAR: tl.constexpr,
 ) -> None:
-    """Clears a layer's stage and, unless refused, steps its integers, RUNS runs of packed bytes at a time.
+    """Steps a layer's integers unless refused, and clears its stage if CLEAR, RUNS runs of packed bytes at a time.
 
     ``rate`` times the learning rate is what an accumulator loses for a unit of momentum (`factored`) or for a vote
     (`sign`), and ``bar`` where a trit steps; theta, unit and limit are those of `FORMS`. QUARTER is a quarter of the
@@ -106,9 +108,12 @@ def commit_kernel(
 
     The compiler moves no load over a store or out of a loop. So what all weights share is loaded once, by few programs:
     an L2 cache gives the same line to one multiprocessor after the other, and many small programs would wait for it.
+    ``committed`` is told the count of micro-batches.
     """
     column = tl.arange(0, _RUN)[None, :]
     count, key, loss = tl.load(status + 1), load_key(rng), tl.load(lr) * rate
+    if tl.program_id(0) == 0:
+        tl.store(committed, count)
     active = (tl.load(refuse) == 0) & (count > 0)
     step = tl.minimum(tl.floor(loss * _ONE + 0.5), _MAX_STEP).to(tl.int32)
     pull = (2 * unit * (_ONE - _MOMENTUM_KEPT) + count) // (2 * tl.maximum(count, 1))
@@ -171,7 +176,7 @@ def commit_kernel(
                 code = moved & 3 if QUARTER > 0 else tl.where(inside[i], moved & 3, 0)
                 moved_codes |= code << (2 * i)
             tl.store(T_packed + byte, moved_codes.to(tl.uint8), mask=there)
-        for i in tl.static_range(4):
+        for i in tl.static_range(4 if CLEAR else 0):
             tl.store(stage + at[i], tl.zeros((RUNS, _RUN), tl.int8), mask=inside[i])
 
 
@@ -234,13 +239,19 @@ def update_commit(
     exponent_threshold: int,
     group_size: int,
     rule: str,
+    *,
+    clear: bool = True,
 ) -> None:
-    """Apply and clear the stage of one layer; change nothing else if ``refuse`` is set or nothing is staged."""
+    """Apply and clear the stage of one layer; change nothing else if ``refuse`` is set or nothing is staged.
+
+    Without ``clear`` the integers in the stage stay, for one that is thrown away.
+    """
     N, K = T_accum.shape
     theta, unit, limit = reference.FORMS["int4" if T_momentum is None else "int8"]
     rate, bar = 1.0, threshold
     if rule == "factored":
         rate, bar = 2 * theta / unit, theta + (T_momentum is None)
+    committed = torch.empty_like(refuse)
     with torch.cuda.device_of(T_packed):
         programs = triton.cdiv(T_packed.numel(), _RUN.value * COMMIT_RUNS)
         commit_kernel[(min(programs, COMMIT_PROGRAMS * multiprocessors(T_packed.device)),)](
@@ -250,6 +261,7 @@ def update_commit(
             rng,
             stage,
             status,
+            committed,
             refuse,
             lr,
             rate,
@@ -263,13 +275,25 @@ def update_commit(
             FACTORED=rule == "factored",
             RUNS=COMMIT_RUNS,
             QUARTER=quarter_of(K, group_size),
+            CLEAR=clear,
             num_warps=COMMIT_WARPS,
+            enable_fp_fusion=False,
         )
         commit_vectors(
-            E, E_accum, row_log2, col_log2, stage_E, stage_row, stage_col, status, refuse, exponent_threshold
+            E,
+            E_accum,
+            row_log2,
+            col_log2,
+            stage_E,
+            stage_row,
+            stage_col,
+            status,
+            committed,
+            refuse,
+            exponent_threshold,
         )
-    # After all of them: each reads the count.
-    status.zero_()
 
 
-update_apply = functools.partial(reference.update_apply, halves=(update_stage, update_commit))
+update_apply = functools.partial(
+    reference.update_apply, halves=(update_stage, functools.partial(update_commit, clear=False))
+)

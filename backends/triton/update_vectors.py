@@ -157,6 +157,7 @@ def commit_vectors_kernel(
     stage_row: tl.tensor,
     stage_col: tl.tensor,
     status: tl.tensor,
+    committed: tl.tensor,
     refuse: tl.tensor,
     N: tl.tensor,
     K: tl.tensor,
@@ -164,9 +165,12 @@ def commit_vectors_kernel(
     exponent_threshold: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """BLOCK rows, columns or exponents of a layer."""
+    """BLOCK rows, columns or exponents of a layer; the first program clears its status."""
     program = tl.program_id(0)
-    count = tl.load(status + 1)
+    if program == 0:
+        tl.store(status, 0)
+        tl.store(status + 1, 0)
+    count = tl.load(committed)
     active = (tl.load(refuse) == 0) & (count > 0)
     if stage_row is not None:
         rows, columns = tl.cdiv(N, BLOCK), tl.cdiv(K, BLOCK)
@@ -221,29 +225,33 @@ def commit_vectors(
     stage_row: Tensor | None,
     stage_col: Tensor | None,
     status: Tensor,
+    committed: Tensor,
     refuse: Tensor,
     exponent_threshold: int,
 ) -> None:
-    """`reference.commit_groups_and_vectors`, but for ``status``, which stays as it is."""
+    """`reference.commit_groups_and_vectors`, with the count of micro-batches in ``committed``, int32 [1].
+
+    Some of its programs are done before others start: they cannot read a count that one of them clears.
+    """
     N, K = (0, 0) if stage_row is None or stage_col is None else (stage_row.shape[0], stage_col.shape[0])
     exponents = 0 if stage_E is None else stage_E.numel()
     programs = triton.cdiv(N, _BLOCK) + triton.cdiv(K, _BLOCK) + triton.cdiv(exponents, _BLOCK)
-    if programs:
-        commit_vectors_kernel[(programs,)](
-            E,
-            E_accum,
-            stage_E,
-            row_log2,
-            col_log2,
-            stage_row,
-            stage_col,
-            status,
-            refuse,
-            N,
-            K,
-            exponents,
-            exponent_threshold,
-            BLOCK=_BLOCK,
-            num_warps=2,
-            enable_fp_fusion=False,
-        )
+    commit_vectors_kernel[(max(programs, 1),)](
+        E,
+        E_accum,
+        stage_E,
+        row_log2,
+        col_log2,
+        stage_row,
+        stage_col,
+        status,
+        committed,
+        refuse,
+        N,
+        K,
+        exponents,
+        exponent_threshold,
+        BLOCK=_BLOCK,
+        num_warps=2,
+        enable_fp_fusion=False,
+    )

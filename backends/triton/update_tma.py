@@ -60,10 +60,17 @@ def halves(tile: tl.tensor) -> tl.tuple:
 
 
 @triton.jit
+def factors(col_factor: tl.tensor, first: tl.tensor, K: tl.tensor, WIDTH: tl.constexpr) -> tl.tensor:
+    """Factors of columns from ``first`` on."""
+    k = first + tl.arange(0, WIDTH)
+    return tl.load(col_factor + k, mask=k < K, other=0.0)
+
+
+@triton.jit
 def stage_slice(
     G: tl.tensor,
-    row_factor: tl.tensor,
-    col_factor: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
     key: tl.tuple,
     count: tl.tensor,
     stage: tl.tensor,
@@ -74,18 +81,17 @@ def stage_slice(
     K: tl.tensor,
     WARPS: tl.constexpr,
 ) -> tl.tensor:
-    """Stage the columns of G from ``first`` on; returns the sums of squares of its rows."""
+    """Stage the columns of G from ``first`` on, given the factors; returns the sums of squares of its rows."""
     ROWS: tl.constexpr = G.shape[0]
     WIDTH: tl.constexpr = G.shape[1]
     k = first + tl.arange(0, WIDTH)
-    columns = tl.load(col_factor + k, mask=k < K, other=0.0)
     square = G * G
     # Warp w has rows 16 · w to 16 · w + 15 of every 16 · WARPS. What it adds stays within it.
     of_warps = tl.reshape(square, (ROWS // (16 * WARPS), WARPS, 16, WIDTH))
     part = col_part + (tl.arange(0, WARPS).to(tl.int64) * K)[:, None] + k[None, :]
     tl.store(part, tl.sum(tl.sum(of_warps, 0), 1), mask=(k < K)[None, :])
     bits = gradient_bits(key, count, n, first // 32 + tl.arange(0, WIDTH // 32), tl.cdiv(K, 32), G)
-    u = round_off(to_fixed(clamp(G * row_factor[:, None] * columns[None, :], _CLIP)), bits).to(tl.int8)
+    u = round_off(to_fixed(clamp(G * rows[:, None] * columns[None, :], _CLIP)), bits).to(tl.int8)
     place = stage + n.to(tl.int64)[:, None] * K + k[None, :]
     inside = (n < N)[:, None] & (k < K)[None, :]
     # To the first micro-batch there is nothing to add: a commit leaves zeros.
@@ -123,28 +129,34 @@ def stage_tile(
     height = tl.minimum(tiles_n - panel * PANEL, PANEL)
     tile_n, tile_k = panel * PANEL + place % height, place // height
     first_n, first_k = tile_n * BLOCK_N, tile_k * BLOCK_K
+    n = first_n + tl.arange(0, BLOCK_N)
+    WIDTH: tl.constexpr = BLOCK_K // SLICES
+    # What the integers need is loaded before the products, and factors of columns a slice ahead: no slice waits.
+    count, key = tl.load(status + 1), load_key(rng)
+    rows = tl.load(row_factor + n, mask=n < N, other=0.0)
+    columns = factors(col_factor, first_k, K, WIDTH)
+    col_part = col_parts + tile_n.to(tl.int64) * WARPS * K
     G = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for m in range(0, M, BLOCK_M):
         g = grad_y.load([m, first_n])
         a = x.load([m, first_k])
         G = tl.dot(g.T, a, G, input_precision="ieee")
 
-    n = first_n + tl.arange(0, BLOCK_N)
-    rows = tl.load(row_factor + n, mask=n < N, other=0.0)
-    count, key = tl.load(status + 1), load_key(rng)
-    col_part = col_parts + tile_n.to(tl.int64) * WARPS * K
-    WIDTH: tl.constexpr = BLOCK_K // SLICES
     left, right = halves(G)
     if SLICES == 2:
-        total = stage_slice(left, rows, col_factor, key, count, stage, col_part, n, first_k, N, K, WARPS)
-        total += stage_slice(right, rows, col_factor, key, count, stage, col_part, n, first_k + WIDTH, N, K, WARPS)
+        next_columns = factors(col_factor, first_k + WIDTH, K, WIDTH)
+        total = stage_slice(left, rows, columns, key, count, stage, col_part, n, first_k, N, K, WARPS)
+        total += stage_slice(right, rows, next_columns, key, count, stage, col_part, n, first_k + WIDTH, N, K, WARPS)
     else:
         s0, s1 = halves(left)
         s2, s3 = halves(right)
-        total = stage_slice(s0, rows, col_factor, key, count, stage, col_part, n, first_k, N, K, WARPS)
-        total += stage_slice(s1, rows, col_factor, key, count, stage, col_part, n, first_k + WIDTH, N, K, WARPS)
-        total += stage_slice(s2, rows, col_factor, key, count, stage, col_part, n, first_k + 2 * WIDTH, N, K, WARPS)
-        total += stage_slice(s3, rows, col_factor, key, count, stage, col_part, n, first_k + 3 * WIDTH, N, K, WARPS)
+        columns_1 = factors(col_factor, first_k + WIDTH, K, WIDTH)
+        total = stage_slice(s0, rows, columns, key, count, stage, col_part, n, first_k, N, K, WARPS)
+        columns_2 = factors(col_factor, first_k + 2 * WIDTH, K, WIDTH)
+        total += stage_slice(s1, rows, columns_1, key, count, stage, col_part, n, first_k + WIDTH, N, K, WARPS)
+        columns_3 = factors(col_factor, first_k + 3 * WIDTH, K, WIDTH)
+        total += stage_slice(s2, rows, columns_2, key, count, stage, col_part, n, first_k + 2 * WIDTH, N, K, WARPS)
+        total += stage_slice(s3, rows, columns_3, key, count, stage, col_part, n, first_k + 3 * WIDTH, N, K, WARPS)
     tl.store(row_parts + tile_k.to(tl.int64) * N + n, total, mask=n < N)
 
     # Comparisons with NaN are false. A sum that is not finite may still be one of large squares.

@@ -23,7 +23,7 @@ from ternarize.backends.triton.update_vectors import commit_vectors, finish_stag
 from ternarize.packing import ROW
 
 #: Runs that a program of a commit takes at a time, its warps, a run a thread, and programs a multiprocessor.
-COMMIT_RUNS, COMMIT_WARPS, COMMIT_PROGRAMS = 128, 4, 10
+COMMIT_RUNS, COMMIT_WARPS, COMMIT_PROGRAMS = 128, 4, 8
 
 #: Neighbouring packed bytes of a thread. Their weights are four words, a quarter of a group apart, and each word's four
 #: share a block of random numbers. More would load wider, and no code that long stays in an SM's instruction cache.
@@ -50,9 +50,11 @@ def step_factored(
     """`reference.factored_rule`: new trits, accumulators and momenta, all int32 as what is given."""
     for_momentum, for_accum = (words & 0xFFFF).to(tl.int32), (words >> 16).to(tl.int32)
     momentum = clamp(round_off(momentum * _MOMENTUM_KEPT + staged * pull, for_momentum), limit)
-    accum = round_off(accum * _ONE - momentum * step, for_accum)
-    moved = clamp(T + (accum >= bar).to(tl.int32) - (accum <= -bar).to(tl.int32), 1)
-    return moved, clamp(accum - 2 * theta * (moved - T), theta), momentum
+    accum = round_off(accum * _ONE + momentum * step, for_accum)
+    # -1 where the accumulator is at its bar and the trit is not at its end: by sign bits, in fewer instructions.
+    up, down = ((bar - 1 - accum) & (T - 1)) >> 31, ((accum + bar - 1) & ~T) >> 31
+    back = up - down
+    return T - back, clamp(accum + 2 * theta * back, theta), momentum
 
 
 @triton.jit
@@ -60,7 +62,7 @@ def step_sign(
     T: tl.tensor, staged: tl.tensor, accum: tl.tensor, words: tl.tensor, step: tl.tensor, bar: tl.tensor
 ) -> tl.tuple:
     """`reference.sign_rule`: new trits and accumulators, all int32 as what is given."""
-    accum = round_off(accum * _ONE - staged * step, (words >> 16).to(tl.int32))
+    accum = round_off(accum * _ONE + staged * step, (words >> 16).to(tl.int32))
     turn = (accum >= bar).to(tl.int32) - (accum <= -bar).to(tl.int32)
     return clamp(T + turn, 1), clamp(tl.where(turn != 0, 0, accum), 127)
 
@@ -69,10 +71,10 @@ def step_sign(
 def load_quarters(plane: tl.tensor, at: tl.tensor, inside: tl.tensor) -> tl.tuple:
     """The weights of the lowest codes of some bytes of a plane, of the next and so on: int8, four times."""
     return (
-        tl.load(plane + at[0], mask=inside[0], other=0),
-        tl.load(plane + at[1], mask=inside[1], other=0),
-        tl.load(plane + at[2], mask=inside[2], other=0),
-        tl.load(plane + at[3], mask=inside[3], other=0),
+        tl.load(plane + at[0], mask=inside[0]),
+        tl.load(plane + at[1], mask=inside[1]),
+        tl.load(plane + at[2], mask=inside[2]),
+        tl.load(plane + at[3], mask=inside[3]),
     )
 
 
@@ -115,7 +117,7 @@ def commit_kernel(
     if tl.program_id(0) == 0:
         tl.store(committed, count)
     active = (tl.load(refuse) == 0) & (count > 0)
-    step = tl.minimum(tl.floor(loss * _ONE + 0.5), _MAX_STEP).to(tl.int32)
+    step = -tl.minimum(tl.floor(loss * _ONE + 0.5), _MAX_STEP).to(tl.int32)
     pull = (2 * unit * (_ONE - _MOMENTUM_KEPT) + count) // (2 * tl.maximum(count, 1))
     runs = tl.cdiv(N * tl.cdiv(K, 4), _RUN)
     for first_run in range(tl.program_id(0) * RUNS, runs, tl.num_programs(0) * RUNS):
@@ -143,7 +145,7 @@ def commit_kernel(
                 there & (3 * quarter + in_group < size),
             )
         at = (first, first + quarter, first + 2 * quarter, first + 3 * quarter)
-        codes = tl.load(T_packed + byte, mask=there, other=0).to(tl.int32)
+        codes = tl.load(T_packed + byte, mask=there).to(tl.int32)
         staged = load_quarters(stage, at, inside)
         accum = load_quarters(T_accum, at, inside)
         momentum = accum

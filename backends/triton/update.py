@@ -151,6 +151,8 @@ def commit_kernel(
         momentum = accum
         if T_momentum is not None:
             momentum = load_quarters(T_momentum, at, inside)
+        # Else each load is moved down to where its value is needed, and waited for there.
+        tl.debug_barrier()
         if active:
             moved_codes = tl.zeros_like(codes)
             for i in tl.static_range(4):

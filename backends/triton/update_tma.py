@@ -1,8 +1,8 @@
 """The stage of `factored` on Hopper: G by tensor memory accelerator and wgmma, made integers where it was summed.
 
-A tile of G takes all registers of its warps, and its integers cost about a tenth of its products in instructions. So
-they are made a slice of columns at a time, which spills nothing, and two programs fit an SM: one multiplies while the
-other rounds. Tiles are numbered in panels of rows, so that those that run together share operands in L2.
+A tile of G takes half of the registers of its warps, and its integers about 23 instructions a weight. They are made a
+slice of columns at a time, which spills nothing. Tiles are numbered in panels of rows, so that those that run together
+share operands in L2.
 """
 
 from typing import NamedTuple
@@ -41,14 +41,13 @@ class Tile(NamedTuple):
     num_warps: int
     PANEL: int
     """Rows of tiles that are taken together, column by column."""
-    persistent: bool
-    """Whether a program takes several tiles, and loads the next while it rounds the last."""
 
 
 #: From large to small: the first of which there are as many as SMs is taken, else the last.
 TILES = (
-    Tile(128, 128, 64, SLICES=4, num_stages=3, num_warps=4, PANEL=16, persistent=False),
-    Tile(64, 64, 64, SLICES=2, num_stages=4, num_warps=4, PANEL=8, persistent=False),
+    Tile(256, 128, 64, SLICES=4, num_stages=4, num_warps=8, PANEL=8),
+    Tile(128, 128, 64, SLICES=4, num_stages=3, num_warps=4, PANEL=16),
+    Tile(64, 64, 64, SLICES=2, num_stages=4, num_warps=4, PANEL=8),
 )
 
 
@@ -102,8 +101,7 @@ def stage_slice(
 
 
 @triton.jit
-def stage_tile(
-    tile: tl.tensor,
+def stage_tma_kernel(
     grad_y: tl.tensor,
     x: tl.tensor,
     row_factor: tl.tensor,
@@ -123,8 +121,13 @@ def stage_tile(
     PANEL: tl.constexpr,
     WARPS: tl.constexpr,
 ) -> None:
-    """One tile of the stage, [BLOCK_N, BLOCK_K]."""
+    """One tile of the stage, [BLOCK_N, BLOCK_K]; descriptors have tiles of [BLOCK_M, BLOCK_N] and [BLOCK_M, BLOCK_K].
+
+    Each tile is a program of its own. Programs that stay, and load the next tile while they round the last, were five
+    to ten times slower on an H100: their registers spill in the loop over the tokens.
+    """
     tiles_n, tiles_k = tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
+    tile = tl.program_id(0)
     panel, place = tile // (PANEL * tiles_k), tile % (PANEL * tiles_k)
     height = tl.minimum(tiles_n - panel * PANEL, PANEL)
     tile_n, tile_k = panel * PANEL + place % height, place // height
@@ -163,43 +166,6 @@ def stage_tile(
     if tl.max((total <= _FLOAT32_MAX).to(tl.int32) ^ 1, 0) > 0:
         broken = tl.max(tl.max((tl.abs(G) <= _FLOAT32_MAX).to(tl.int32) ^ 1, 1), 0)
         tl.atomic_or(status, _NONFINITE_GRADIENT, mask=broken > 0)
-
-
-@triton.jit
-def stage_tma_kernel(
-    grad_y: tl.tensor,
-    x: tl.tensor,
-    row_factor: tl.tensor,
-    col_factor: tl.tensor,
-    rng: tl.tensor,
-    stage: tl.tensor,
-    row_parts: tl.tensor,
-    col_parts: tl.tensor,
-    status: tl.tensor,
-    M: tl.tensor,
-    N: tl.tensor,
-    K: tl.tensor,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SLICES: tl.constexpr,
-    PANEL: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-    WARPS: tl.constexpr,
-) -> None:
-    """The tiles of one program; grad_y and x are tensor descriptors of [BLOCK_M, BLOCK_N] and [BLOCK_M, BLOCK_K]."""
-    if PERSISTENT:
-        tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(K, BLOCK_K)
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-            stage_tile(
-                tile, grad_y, x, row_factor, col_factor, rng, stage, row_parts, col_parts, status, M, N, K,
-                BLOCK_M, BLOCK_N, BLOCK_K, SLICES, PANEL, WARPS,
-            )  # fmt: skip
-    else:
-        stage_tile(
-            tl.program_id(0), grad_y, x, row_factor, col_factor, rng, stage, row_parts, col_parts, status, M, N, K,
-            BLOCK_M, BLOCK_N, BLOCK_K, SLICES, PANEL, WARPS,
-        )  # fmt: skip
 
 
 def takes(grad_y: Tensor, x: Tensor) -> bool:
@@ -252,14 +218,12 @@ def stage_factored(
         Sums of G² over the rows and columns of each tile, float32 [tiles, N] and [tiles, K].
     """
     (M, N), K = grad_y.shape, x.shape[1]
-    processors = multiprocessors(x.device)
-    tile = tile or tile_of(N, K, processors)
+    tile = tile or tile_of(N, K, multiprocessors(x.device))
     tiles_n, tiles_k = triton.cdiv(N, tile.BLOCK_N), triton.cdiv(K, tile.BLOCK_K)
     warps = min(tile.num_warps, tile.BLOCK_N // 16)
     row_parts = stage.new_empty((tiles_k, N), dtype=torch.float32)
     col_parts = stage.new_empty((tiles_n * warps, K), dtype=torch.float32)
-    programs = tiles_n * tiles_k
-    stage_tma_kernel[(min(programs, processors) if tile.persistent else programs,)](
+    stage_tma_kernel[(tiles_n * tiles_k,)](
         TensorDescriptor.from_tensor(grad_y, [tile.BLOCK_M, tile.BLOCK_N]),
         TensorDescriptor.from_tensor(x, [tile.BLOCK_M, tile.BLOCK_K]),
         row_factor,
@@ -277,7 +241,6 @@ def stage_factored(
         BLOCK_K=tile.BLOCK_K,
         SLICES=tile.SLICES,
         PANEL=tile.PANEL,
-        PERSISTENT=tile.persistent,
         WARPS=warps,
         num_stages=tile.num_stages,
         num_warps=tile.num_warps,

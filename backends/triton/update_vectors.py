@@ -23,8 +23,9 @@ _E_MAX = tl.constexpr(E_MAX)
 _BLOCK = 64
 _PARTS = tl.constexpr(64)
 
-#: Elements a program of `normalisers`, each of which takes the mean over all rows: more would wait for fewer programs.
+#: Elements a program of `normalisers`, and rows that it adds up at once: each takes the mean over all rows.
 _NORMALISED = 1024
+_ADDED = tl.constexpr(4096)
 
 
 @triton.jit
@@ -41,9 +42,9 @@ def normalisers_kernel(
     programs = tl.cdiv(N, BLOCK)
     program = tl.program_id(0)
     if program < programs:
-        total = tl.zeros((BLOCK,), tl.float64)
-        for first in range(0, N, BLOCK):
-            n = first + tl.arange(0, BLOCK)
+        total = tl.zeros((_ADDED,), tl.float64)
+        for first in range(0, N, _ADDED):
+            n = first + tl.arange(0, _ADDED)
             log2 = tl.load(row_log2 + n, mask=n < N, other=0).to(tl.float64) / 256
             total += tl.where(n < N, tl.exp2(log2), 0.0)
         n = program * BLOCK + tl.arange(0, BLOCK)
@@ -190,7 +191,7 @@ def normalisers(row_log2: Tensor, col_log2: Tensor) -> tuple[Tensor, Tensor]:
     N, K = row_log2.shape[0], col_log2.shape[0]
     row_factor, col_factor = (vector.new_empty(vector.shape, dtype=torch.float32) for vector in (row_log2, col_log2))
     normalisers_kernel[(triton.cdiv(N, _NORMALISED) + triton.cdiv(K, _NORMALISED),)](
-        row_log2, col_log2, row_factor, col_factor, N, K, BLOCK=_NORMALISED, num_warps=8, enable_fp_fusion=False
+        row_log2, col_log2, row_factor, col_factor, N, K, BLOCK=_NORMALISED, num_warps=32, enable_fp_fusion=False
     )
     return row_factor, col_factor
 

@@ -127,7 +127,6 @@ for tile in update_tma.TILES:
         BLOCK_K=tile.BLOCK_K,
         SLICES=tile.SLICES,
         PANEL=tile.PANEL,
-        PERSISTENT=tile.persistent,
         WARPS=tile.num_warps,
     )
     # Loads by the tensor memory accelerator, warp-group products of operands in shared memory.

@@ -111,6 +111,10 @@ code = build(update.commit_kernel, FACTORED=True, **whole, **commit)
 assert spilled_bytes(code) == 0
 # Nothing is loaded or stored by single bytes.
 assert ".U8" not in "".join(line for line in code.splitlines() if "LDG" in line or "STG" in line)
+# All is loaded before the first of it is waited for.
+before, after = code.split("BAR.SYNC")
+assert before.count("LDG") > 12
+assert "LDG" not in after
 build(update.commit_kernel, FACTORED=True, T_momentum=None, **whole, **commit | {"CLEAR": False})
 build(update.commit_kernel, FACTORED=True, QUARTER=0, T_momentum=None, **commit)
 build(update.commit_kernel, FACTORED=False, T_momentum=None, **whole, **commit)

@@ -2,8 +2,8 @@
 
 A stage holds a tile of G = grad_yᵀ · x in registers and turns it into integers there: no float [N, K] exists. It is in
 `update_tma` for Hopper and in `update_plain` for everything else. `commit_kernel` steps and packs the trits. What is
-[N], [K] or [N, G] sized is in `update_vectors`. All are launched without fused multiply-add: a floor or a logarithm's
-rounding follows, and a CPU and a GPU have to agree about it.
+[N], [K] or [N, G] sized is in `update_vectors`. All are launched without fused multiply-add: a rounding follows, and a
+CPU and a GPU have to agree about it.
 """
 
 import functools
@@ -48,7 +48,10 @@ def step_factored(
     theta: tl.tensor,
     limit: tl.tensor,
 ) -> tl.tuple:
-    """`reference.factored_rule`: new trits, accumulators and momenta, all int32 as what is given."""
+    """`reference.factored_rule`: new trits, accumulators and momenta, all int32 as what is given.
+
+    ``pull`` is what a staged unit adds to a momentum, ``step`` what a unit of momentum adds to an accumulator.
+    """
     for_momentum, for_accum = (words & 0xFFFF).to(tl.int32), (words >> 16).to(tl.int32)
     momentum = clamp(round_off(momentum * _MOMENTUM_KEPT + staged * pull, for_momentum), limit)
     accum = round_off(accum * _ONE + momentum * step, for_accum)
@@ -62,7 +65,7 @@ def step_factored(
 def step_sign(
     T: tl.tensor, staged: tl.tensor, accum: tl.tensor, words: tl.tensor, step: tl.tensor, bar: tl.tensor
 ) -> tl.tuple:
-    """`reference.sign_rule`: new trits and accumulators, all int32 as what is given."""
+    """`reference.sign_rule`: new trits and accumulators, all int32; ``step`` is what a vote adds to an accumulator."""
     accum = round_off(accum * _ONE + staged * step, (words >> 16).to(tl.int32))
     turn = (accum >= bar).to(tl.int32) - (accum <= -bar).to(tl.int32)
     return clamp(T + turn, 1), clamp(tl.where(turn != 0, 0, accum), 127)

@@ -97,8 +97,8 @@ def commit_bits(rng: Tensor, rows: slice, in_features: int) -> tuple[Tensor, Ten
 def gradient_bits(rng: Tensor, micro_batch: int | Tensor, rows: slice, in_features: int) -> Tensor:
     """16 bits for each element of some rows of a layer's gradient.
 
-    A block serves 8 elements, in the order of a wgmma accumulator (PTX ISA 9.7.16.5.1.1), so that a thread draws for
-    what it holds. Four blocks serve 32 columns: block t those with t = (k mod 8) div 2, word j of it those with
+    A block serves 8 elements, in the order of a wgmma accumulator (PTX ISA, wgmma, D), so that a thread draws for what
+    it holds. Four blocks serve 32 columns: block t those with t = (k mod 8) div 2, word j of it those with
     j = (k mod 32) div 8, its lower half the even and its upper half the odd one. A row has 4 · ceil(K / 32) blocks.
 
     Args:

@@ -27,8 +27,9 @@ REGISTER_TOKENS = 16
 #: The tile of y that cuBLAS most often takes on Hopper: a strip should fill the SMs with a whole number of them.
 _CUBLAS_TILE = (128, 256)
 
-#: Strips start at multiples of so many columns, which keeps rows of the scratch and of the result aligned.
-_UNIT = 128
+#: Strips start at multiples of so many columns, which keeps rows of the scratch and of the result aligned. Along K they
+#: start with a tile of `dequantise_kernel`, along N they need not.
+_UNIT, _UNIT_OF_ROWS = 128, 64
 
 #: Weights a row and rows that a program decodes.
 _BLOCK_K, _BLOCK_N = 128, 32
@@ -142,21 +143,20 @@ def takes(x: Tensor, T_packed: Sequence[Tensor], E_mantissa: Sequence[Tensor | N
 
 
 @functools.cache
-def strip_width(tokens: int, width: int, most: int, processors: int) -> int:
-    """Columns of the result a strip.
+def strip_width(tokens: int, width: int, most: int, processors: int, unit: int = _UNIT) -> int:
+    """Columns of the result a strip: of a layer of more than one unit never all, for that would be a dense weight.
 
     Args:
         tokens: M.
         width: columns of the result.
         most: that the scratch has room for.
         processors: SMs, each of which multiplies a tile at a time.
+        unit: that the width of a strip is a multiple of.
 
     Returns:
-        ``width`` if there is room, else the multiple of 128 with which all strips together take the fewest waves of
-        tiles; of several the widest.
+        The width, at most half of all columns, with which all strips together take the fewest waves of tiles, and of
+        several the widest; one unit where half of the columns are less.
     """
-    if width <= most:
-        return width
     rows = -(-tokens // _CUBLAS_TILE[0])
 
     def waves(columns: int) -> int:
@@ -165,7 +165,9 @@ def strip_width(tokens: int, width: int, most: int, processors: int) -> int:
     def of_all(step: int) -> int:
         return width // step * waves(step) + waves(width % step)
 
-    fits = range(_UNIT, max(_UNIT, most) + 1, _UNIT)
+    # Half of the columns, rounded up to units: the last strip may be narrower.
+    half = -(-width // (2 * unit)) * unit
+    fits = range(unit, max(unit, min(most, half)) + 1, unit)
     return min(reversed(fits), key=of_all)
 
 
@@ -229,7 +231,7 @@ def linear(x: Tensor, T_packed: Tensor, E: Tensor, bias: tuple[Tensor, Tensor] |
     (M, K), N = x.shape, T_packed.shape[0]
     added = None if bias is None else dense_bias(*bias)
     most, tokens = room(x, K, added is not None)
-    step = strip_width(min(M, tokens), N, most, multiprocessors(x.device))
+    step = strip_width(min(M, tokens), N, most, multiprocessors(x.device), _UNIT_OF_ROWS)
     T_packed, E = T_packed.contiguous(), E.contiguous()
     scratch = x.new_empty(min(step, N) * K)
     y = x.new_empty(M, N)

@@ -145,8 +145,15 @@ def test_cublas_is_told_to_add_in_float32_and_the_setting_comes_back() -> None:
         matmul.allow_bf16_reduced_precision_reduction = before
 
 
+def test_a_strip_is_at_most_half_of_a_layer() -> None:
+    assert dense.strip_width(4096, 4096, 4096, 132) == 2048
+    assert dense.strip_width(4096, 256, 4096, 132) == 128
+    assert dense.strip_width(4096, 128, 4096, 132, unit=64) == 64
+    # Not a multiple of the unit: half of it and a little more.
+    assert dense.strip_width(4096, 1000, 4096, 132) == 512
+
+
 def test_strips_fill_the_multiprocessors() -> None:
-    assert dense.strip_width(4096, 4096, 4096, 132) == 4096
     # 3584 columns would be four strips of 3.4 waves; 14 waves are as few as all at once would take.
     assert dense.strip_width(4096, 14336, 4096, 132) == 4096
     assert dense.strip_width(4096, 14336, 3584, 132) == 3072

@@ -71,18 +71,16 @@ def plan_call(
     programs: dict[Program, list[int]] = {}
     if choice.backend == "tilelang":
         from ternarize.backends.tilelang.host import layer_shapes
-        from ternarize.backends.tilelang.programs import programs_for
+        from ternarize.backends.tilelang.programs import program_for
 
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         tensors = [layer.empty(device="meta") for layer in call]
         shapes = layer_shapes(*zip(*((t.T_packed, t.E_mantissa, t.bias) for t in tensors), strict=True))
         for M in tokens:
-            of_tokens = programs_for(
+            program = program_for(
                 stem, M, shapes, first.in_features, first.group_size, dtype, guarded=checks_finite(), gpu=gpu
             )
-            # Layers of one shape may be calls of one kernel.
-            for program in dict.fromkeys(of_tokens):
-                programs.setdefault(program, []).append(M)
+            programs.setdefault(program, []).append(M)
     return PlannedCall(call, choice, programs)
 
 

@@ -17,7 +17,6 @@ import tilelang
 from ternarize.backends.tilelang.hopper import TARGET
 from ternarize.backends.tilelang.layers import Dtype, LayerShape
 from ternarize.backends.tilelang.linear_decode import DecodeTile, decode_program
-from ternarize.backends.tilelang.linear_int8_wgmma import Int8Tile, int8_wgmma_program
 from ternarize.backends.tilelang.linear_wgmma import Tile, wgmma_program
 from ternarize.config import Activation
 
@@ -38,20 +37,18 @@ class Program:
     """int8: x is int8, with a scale for each token."""
     guarded: bool
     """Whether it reports outputs that are not finite."""
-    tile: DecodeTile | Tile | Int8Tile
+    tile: DecodeTile | Tile
 
 
 def compile_program(program: Program) -> Kernel:
     """Trace a program, then compile it or load it from TileLang's cache. Any number of threads may."""
     of_call = (program.layers, program.K, program.g, program.dtype)
-    tile, guarded = program.tile, program.guarded
+    guarded, activation = program.guarded, program.activation
     function: Any
-    if isinstance(tile, DecodeTile):
-        function = decode_program(*of_call, guarded=guarded, tile=tile, activation=program.activation)
-    elif isinstance(tile, Int8Tile):
-        function = int8_wgmma_program(*of_call, guarded=guarded, tile=tile)
+    if isinstance(program.tile, DecodeTile):
+        function = decode_program(*of_call, guarded=guarded, tile=program.tile, activation=activation)
     else:
-        function = wgmma_program(*of_call, guarded=guarded, tile=tile)
+        function = wgmma_program(*of_call, guarded=guarded, tile=program.tile, activation=activation)
     kernel: Kernel = tilelang.compile(function, target=TARGET)
     return kernel
 

@@ -1,7 +1,6 @@
-"""What `linear` and `linear_int8` share on the host: from the tensors of a call to its kernels, and their launch."""
+"""What `linear` and `linear_int8` share on the host: from the tensors of a call to its kernel, and its launch."""
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -33,7 +32,7 @@ def gpu_name(device: torch.device) -> str:
 
 
 def launch(
-    programs_for: Callable[..., tuple[build.Program, ...]],
+    program_for: Callable[..., build.Program],
     inputs: Sequence[Tensor],
     T_packed: Sequence[Tensor],
     E: Sequence[Tensor],
@@ -44,10 +43,10 @@ def launch(
     group_size: int,
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """Run the kernels of a call.
+    """Run the kernel of a call.
 
     Args:
-        programs_for: of the op, for example `ternarize.backends.tilelang.linear.programs_for`.
+        program_for: of the op, for example `ternarize.backends.tilelang.linear.program_for`.
         inputs: x [..., K], or q and its scale [..., 1].
         T_packed: of each layer, and so on, as in `ternarize.ops`.
         E: likewise.
@@ -68,23 +67,18 @@ def launch(
     M = rows.shape[0]
     if M == 0:
         return outputs
-    shared = [rows, *(each.contiguous().view(-1) for each in scale)]
-    operands = []
+    arguments = [rows, *(each.contiguous().view(-1) for each in scale)]
     for i, mantissa in enumerate(E_mantissa):
-        of_layer = [_aligned(T_packed[i]), _aligned(E[i])]
+        arguments += [_aligned(T_packed[i]), _aligned(E[i])]
         if mantissa is not None:
-            of_layer.append(_aligned(mantissa.expand(E[i].shape)))
-        of_layer += [tensor for tensor in (bias[i], bias_exponent[i]) if tensor is not None]
-        operands.append([*of_layer, *status[i : i + 1]])
+            arguments.append(_aligned(mantissa.expand(E[i].shape)))
+        arguments += [tensor for tensor in (bias[i], bias_exponent[i]) if tensor is not None]
+        arguments += status[i : i + 1]
     layers = layer_shapes(T_packed, E_mantissa, bias)
-    programs = programs_for(M, layers, K, group_size, dtype, guarded=bool(status), gpu=gpu_name(x.device))
-    remaining = iter(zip(operands, outputs, strict=True))
+    program = program_for(M, layers, K, group_size, dtype, guarded=bool(status), gpu=gpu_name(x.device))
     # TileLang makes the device of its arguments the current one, and leaves it so.
     with torch.cuda.device(x.device):
-        for program in programs:
-            its_operands, its_outputs = zip(*itertools.islice(remaining, len(program.layers)), strict=True)
-            kernel = build.start(program).result()
-            kernel(*shared, *itertools.chain(*its_operands), *(y.view(M, -1) for y in its_outputs))
+        build.start(program).result()(*arguments, *(y.view(M, -1) for y in outputs))
     return outputs
 
 

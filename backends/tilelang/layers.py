@@ -8,6 +8,8 @@ import tilelang.language as T
 import torch
 from tilelang import tvm
 
+from ternarize.config import Activation
+
 Dtype = Literal["bfloat16", "float16"]
 
 #: Bytes of an element of E_mantissa, by its dtype.
@@ -63,33 +65,27 @@ class LayerBuffers:
 
 
 def call_arguments(
-    layers: Sequence[LayerShape], K: int, g: int, dtype: Dtype, *, guarded: bool
-) -> tuple[Any, list[LayerBuffers]]:
+    layers: Sequence[LayerShape], K: int, g: int, dtype: Dtype, activation: Activation, *, guarded: bool
+) -> tuple[Any, Any, list[LayerBuffers]]:
     """Declare the arguments of the prim_func that is being built; to be called first in its body.
 
-    The order is that of the kernel's call: x; T_packed, E, E_mantissa, bias, bias_exponent and status of each layer, as
-    far as it has them; then the y of each.
+    The order is that of the kernel's call: x, and its scale if it is int8; T_packed, E, E_mantissa, bias, bias_exponent
+    and status of each layer, as far as it has them; then the y of each.
 
     Args:
         layers: of the call.
         K: in_features.
         g: weights a scale group, at most K.
-        dtype: of x and y.
+        dtype: of y, and of x unless that is int8.
+        activation: int8 for x in int8, with a scale for each token.
         guarded: whether there is a status for each layer.
 
     Returns:
-        x [M, K], whose M is known at the call, and the buffers of each layer.
+        x [M, K], whose M is known at the call; scale, float32 [M], or None; and the buffers of each layer.
     """
     M = T.dynamic("M")
-    return _argument("x", (M, K), dtype), _layer_arguments(layers, M, K, g, dtype, guarded=guarded)
-
-
-def int8_call_arguments(
-    layers: Sequence[LayerShape], K: int, g: int, dtype: Dtype, *, guarded: bool
-) -> tuple[Any, Any, list[LayerBuffers]]:
-    """`call_arguments` of a call with int8 activations: x is int8 [M, K], and after it comes scale, float32 [M]."""
-    M = T.dynamic("M")
-    x, scale = _argument("x", (M, K), "int8"), _argument("scale", (M,), "float32")
+    x = _argument("x", (M, K), "int8" if activation == "int8" else dtype)
+    scale = _argument("scale", (M,), "float32") if activation == "int8" else None
     return x, scale, _layer_arguments(layers, M, K, g, dtype, guarded=guarded)
 
 

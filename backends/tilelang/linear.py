@@ -32,7 +32,7 @@ def heuristic_tile(M: int, layers: tuple[LayerShape, ...], K: int, g: int, dtype
     return choose_decode_tile(M, layers, K, g) or choose_wgmma_tile(M, layers, K, g, dtype)
 
 
-def programs_for(
+def program_for(
     M: int,
     layers: tuple[LayerShape, ...],
     K: int,
@@ -41,12 +41,12 @@ def programs_for(
     *,
     guarded: bool,
     gpu: str | None,
-) -> tuple[Program, ...]:
+) -> Program:
     """The program that a call of M tokens runs on a GPU, named as for `choose_tile`: one for all layers."""
     g = group_size if group_size > 0 else K
     name = dtype_name(dtype)
     tile = choose_tile(M, layers, K, g, name, gpu)
-    return (Program(layers=layers, K=K, g=g, dtype=name, activation="float", guarded=guarded, tile=tile),)
+    return Program(layers=layers, K=K, g=g, dtype=name, activation="float", guarded=guarded, tile=tile)
 
 
 def linear(
@@ -63,4 +63,4 @@ def linear(
 
     Accumulates in float32 and rounds once, to the dtype of x.
     """
-    return launch(programs_for, [x], T_packed, E, E_mantissa, bias, bias_exponent, status, group_size, x.dtype)
+    return launch(program_for, [x], T_packed, E, E_mantissa, bias, bias_exponent, status, group_size, x.dtype)

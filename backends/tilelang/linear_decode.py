@@ -11,15 +11,7 @@ from typing import Any
 import tilelang.language as T
 
 from ternarize.backends.tilelang.hopper import CLUSTERS, SHARED_BYTES
-from ternarize.backends.tilelang.layers import (
-    MANTISSA_BYTES,
-    Dtype,
-    LayerBuffers,
-    LayerShape,
-    call_arguments,
-    int8_call_arguments,
-    pointer,
-)
+from ternarize.backends.tilelang.layers import MANTISSA_BYTES, Dtype, LayerShape, call_arguments, pointer
 from ternarize.config import Activation
 
 #: Weights of a row that a warp takes at once: a cache line.
@@ -134,21 +126,14 @@ def decode_program(
         activation: int8 for x in int8, with a scale for each token.
 
     Returns:
-        A TileLang prim_func of the arguments of `ternarize.backends.tilelang.layers.call_arguments`, or of
-        `int8_call_arguments`.
+        A TileLang prim_func of the arguments of `ternarize.backends.tilelang.layers.call_arguments`.
     """
     function = decode_function(layers, K, g, dtype, guarded=guarded, tile=tile, activation=activation)
     shared_bytes = tile.shared_bytes(layers, K, g, activation)
 
-    def arguments() -> tuple[Any, Any, list[LayerBuffers]]:
-        if activation == "int8":
-            return int8_call_arguments(layers, K, g, dtype, guarded=guarded)
-        x, buffers = call_arguments(layers, K, g, dtype, guarded=guarded)
-        return x, None, buffers
-
     @T.prim_func
     def ternary_linear_decode():
-        x, scale, buffers = arguments()
+        x, scale, buffers = call_arguments(layers, K, g, dtype, activation, guarded=guarded)
         with T.Kernel(tile.CLUSTER * tile.CLUSTERS, threads=32 * tile.WARPS, cluster_dims=tile.CLUSTER):
             T.import_source(SOURCE)
             T.annotate_min_blocks_per_sm(1)

@@ -9,12 +9,12 @@ from torch import Tensor
 from ternarize.backends.tilelang.build import Program
 from ternarize.backends.tilelang.host import launch
 from ternarize.backends.tilelang.layers import LayerShape, dtype_name
-from ternarize.backends.tilelang.linear_decode import DecodeTile, choose_decode_tile
-from ternarize.backends.tilelang.linear_int8_wgmma import Int8Tile, choose_int8_wgmma_tile
+from ternarize.backends.tilelang.linear_decode import choose_decode_tile
+from ternarize.backends.tilelang.linear_wgmma import choose_wgmma_tile
 
 
 @functools.lru_cache(maxsize=4096)
-def programs_for(
+def program_for(
     M: int,
     layers: tuple[LayerShape, ...],
     K: int,
@@ -22,19 +22,14 @@ def programs_for(
     dtype: torch.dtype,
     *,
     guarded: bool,
-    gpu: str | None,  # noqa: ARG001  # the arguments of `linear`'s; no tile of these programs was measured yet
-) -> tuple[Program, ...]:
-    """The programs of a call of M tokens: one for all layers of a few tokens, else one a layer, on wgmma."""
+    gpu: str | None,  # noqa: ARG001  # the arguments of `linear`'s; tiles of these programs are not tuned
+) -> Program:
+    """The program that a call of M tokens runs, one for all layers."""
     g = group_size if group_size > 0 else K
     name = dtype_name(dtype)
-
-    def program(layers: tuple[LayerShape, ...], tile: DecodeTile | Int8Tile) -> Program:
-        return Program(layers=layers, K=K, g=g, dtype=name, activation="int8", guarded=guarded, tile=tile)
-
     decode = choose_decode_tile(M, layers, K, g, "int8")
-    if decode is not None:
-        return (program(layers, decode),)
-    return tuple(program((layer,), choose_int8_wgmma_tile(M, layer.N, K, g)) for layer in layers)
+    tile = decode or choose_wgmma_tile(M, layers, K, g, name, "int8")
+    return Program(layers=layers, K=K, g=g, dtype=name, activation="int8", guarded=guarded, tile=tile)
 
 
 def linear_int8(
@@ -53,4 +48,4 @@ def linear_int8(
 
     Sums are exact in int32, or in float32 over groups for a few tokens; rounds once, to ``dtype``.
     """
-    return launch(programs_for, [q, scale], T_packed, E, E_mantissa, bias, bias_exponent, status, group_size, dtype)
+    return launch(program_for, [q, scale], T_packed, E, E_mantissa, bias, bias_exponent, status, group_size, dtype)

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="valid-type, untyped-decorator, no-untyped-def, no-untyped-call"
 # TileLang is untyped, and its kernels are annotated with buffers, which are values.
-"""The program of `ternarize.backends.tilelang.linear` on wgmma, for any number of tokens: linear_wgmma.cuh."""
+"""The program of `linear` and `linear_int8` on wgmma, for any number of tokens: linear_wgmma.cuh."""
 
 import dataclasses
 import math
@@ -11,18 +11,31 @@ from typing import Any
 import tilelang.language as T
 
 from ternarize.backends.tilelang.hopper import CLUSTERS, SHARED_BYTES
-from ternarize.backends.tilelang.layers import MANTISSA_BYTES, Dtype, LayerShape, call_arguments
+from ternarize.backends.tilelang.layers import MANTISSA_BYTES, Dtype, LayerShape, call_arguments, pointer
+from ternarize.config import Activation
 
 #: What the kernel is made of beside the instructions of hopper.cuh and wgmma.cuh.
-PARTS = ("numbers.cuh", "linear_wgmma_tiles.cuh", "linear_wgmma_weights.cuh", "linear_wgmma.cuh")
+PARTS = (
+    "numbers.cuh",
+    "linear_wgmma_tiles.cuh",
+    "linear_wgmma_stages.cuh",
+    "linear_wgmma_weights.cuh",
+    "linear_wgmma_float.cuh",
+    "linear_wgmma_int8.cuh",
+    "linear_wgmma_store.cuh",
+    "linear_wgmma.cuh",
+)
 
 SOURCE = "".join(Path(__file__).with_name(name).read_text() for name in ("hopper.cuh", "wgmma.cuh", *PARTS))
 
 #: Of cuTensorMapEncodeTiled: CUtensorMapDataType with the bytes of an element, the swizzles of 32, 64 and 128 bytes,
 #: and the promotion of what is missing in L2 to 128 bytes.
-_TMA_TYPE = {"uint8": (0, 1), "float16": (6, 2), "bfloat16": (9, 2)}
+_TMA_TYPE = {"uint8": (0, 1), "int8": (0, 1), "float16": (6, 2), "bfloat16": (9, 2)}
 _TMA_SWIZZLE = {32: 1, 64: 2, 128: 3}
 _TMA_L2_128_BYTES = 2
+
+#: Bytes of an element of x.
+_X_BYTES = {"float": 2, "int8": 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,9 +64,9 @@ class Tile:
         units = max(self.ROW_TILES * self.BLOCK_M // 8 // self.CLUSTER, 1)
         return 8 * math.gcd(4, units, self.BLOCK_M // 8)
 
-    def x_box(self, K: int, g: int) -> tuple[int, int]:
-        """Tokens and columns of x that TMA loads at once; the columns are ROW_COLUMNS of the kernel."""
-        return self.BLOCK_M, 64 if g <= 128 and K % g == 0 else 32
+    def x_box(self, K: int, g: int, activation: Activation = "float") -> tuple[int, int]:
+        """Tokens and columns of x that TMA loads at once; the columns are X_ROW_COLUMNS of the kernel."""
+        return self.BLOCK_M, 128 // _X_BYTES[activation] if g <= 128 and K % g == 0 else 32
 
     def packed_box(self, planes: int) -> tuple[int, ...]:
         """Planes, if several, rows and bytes of T_packed that TMA loads at once."""
@@ -63,13 +76,14 @@ class Tile:
         """Tokens and outputs of y that TMA stores at once."""
         return self.stored_tokens, 64
 
-    def shared_bytes(self, planes: int) -> int:
-        """Shared memory of a block: its stages, and two buffers of y a warpgroup."""
-        return self.STAGES * self.stage_bytes(planes) + self.WARPGROUPS * 2 * self.stored_tokens * 128
+    def shared_bytes(self, planes: int, activation: Activation = "float") -> int:
+        """Shared memory of a block: its stages; for each warpgroup two buffers of y, and the scales of int8 tokens."""
+        of_warpgroup = 2 * self.stored_tokens * 128 + (self.BLOCK_M * 4 if activation == "int8" else 0)
+        return self.STAGES * self.stage_bytes(planes, activation) + self.WARPGROUPS * of_warpgroup
 
-    def stage_bytes(self, planes: int) -> int:
+    def stage_bytes(self, planes: int, activation: Activation = "float") -> int:
         """Of a step: x, packed trits and two barriers."""
-        return self.BLOCK_M * 256 + self.BLOCK_N * 32 * planes + 16
+        return self.BLOCK_M * 128 * _X_BYTES[activation] + self.BLOCK_N * 32 * planes + 16
 
 
 def _tensor_map(buffer: Any, box: tuple[int, ...]) -> Any:
@@ -100,38 +114,59 @@ def _tensor_map(buffer: Any, box: tuple[int, ...]) -> Any:
     )
 
 
-def wgmma_function(layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, *, guarded: bool, tile: Tile) -> str:
+def wgmma_function(
+    layers: tuple[LayerShape, ...],
+    K: int,
+    g: int,
+    dtype: Dtype,
+    *,
+    guarded: bool,
+    tile: Tile,
+    activation: Activation = "float",
+) -> str:
     """The instance of linear_wgmma.cuh for a call; arguments as of `wgmma_program`."""
+    y_type = "__nv_bfloat16" if dtype == "bfloat16" else "__half"
     parameters = (
-        "__nv_bfloat16" if dtype == "bfloat16" else "__half",
+        "int8_t" if activation == "int8" else y_type,
+        y_type,
         K,
         g,
         layers[0].planes,
         MANTISSA_BYTES[layers[0].mantissa],
         str(guarded).lower(),
         *dataclasses.astuple(tile),
-        tile.shared_bytes(layers[0].planes),
+        tile.shared_bytes(layers[0].planes, activation),
     )
     return f"ternarize::linear_wgmma<{', '.join(map(str, parameters))}>"
 
 
-def wgmma_program(layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, *, guarded: bool, tile: Tile) -> Any:
+def wgmma_program(
+    layers: tuple[LayerShape, ...],
+    K: int,
+    g: int,
+    dtype: Dtype,
+    *,
+    guarded: bool,
+    tile: Tile,
+    activation: Activation = "float",
+) -> Any:
     """The program for any number of tokens.
 
     Args:
-        layers: of the call, with as many planes and the same mantissa each.
+        layers: of the call, with as many planes and the same mantissa each; with one plane and none for int8.
         K: in_features, a multiple of 64.
         g: weights a scale group: 32 or 64 if that divides K, a multiple of 128, or K.
-        dtype: of x and y.
+        dtype: of y, and of x unless that is int8.
         guarded: whether values that are not finite are reported in the status of their layer.
         tile: how the work is shared out.
+        activation: int8 for x in int8, with a scale for each token.
 
     Returns:
         A TileLang prim_func of the arguments of `ternarize.backends.tilelang.layers.call_arguments`.
     """
     planes = layers[0].planes
-    shared_bytes = tile.shared_bytes(planes)
-    function = wgmma_function(layers, K, g, dtype, guarded=guarded, tile=tile)
+    shared_bytes = tile.shared_bytes(planes, activation)
+    function = wgmma_function(layers, K, g, dtype, guarded=guarded, tile=tile, activation=activation)
 
     def layer_argument(layer, tensors):
         # TMA stores rows that are a multiple of 16 bytes.
@@ -147,7 +182,7 @@ def wgmma_program(layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, 
 
     @T.prim_func
     def ternary_linear_wgmma():
-        x, buffers = call_arguments(layers, K, g, dtype, guarded=guarded)
+        x, scale, buffers = call_arguments(layers, K, g, dtype, activation, guarded=guarded)
         with T.Kernel(
             CLUSTERS[tile.CLUSTER] * tile.CLUSTER, threads=128 * (tile.WARPGROUPS + 1), cluster_dims=tile.CLUSTER
         ):
@@ -156,9 +191,10 @@ def wgmma_program(layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, 
             T.call_extern(
                 "handle",
                 function,
-                _tensor_map(x, tile.x_box(K, g)),
+                _tensor_map(x, tile.x_box(K, g, activation)),
                 x.shape[0],
                 T.access_ptr(shared[0], "rw"),
+                pointer(scale, "r"),
                 *(layer_argument(layer, tensors) for layer, tensors in zip(layers, buffers, strict=True)),
             )
             # The function has waited already: what TileLang launches as dependent is a kernel in which it sees a wait.
@@ -167,25 +203,44 @@ def wgmma_program(layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, 
     return ternary_linear_wgmma
 
 
-#: Microseconds that a block takes for a step along K, by BLOCK_M, ROW_TILES and WARPGROUPS; those of a launch; of the
-#: start and end of a tile of 128 tokens and row tiles; and of adding up its parts, for each block of a cluster. Least
-#: squares over 307 timings of 8 layers, 16 to 4096 tokens, on an H100 (docs/benchmarks.md): 7 % of each.
-_STEP = {
-    (16, 1, 2): 0.41,
-    (16, 1, 4): 0.60,
-    (16, 2, 2): 0.61,
-    (16, 2, 4): 1.11,
-    (32, 1, 2): 0.43,
-    (64, 1, 2): 0.46,
-    (64, 1, 3): 0.69,
-    (64, 1, 4): 0.87,
-    (64, 2, 2): 0.80,
-    (128, 1, 2): 0.65,
-    (128, 1, 3): 0.96,
-    (192, 1, 3): 1.41,
-    (256, 1, 2): 1.24,
+#: Microseconds that a block takes for a step along K, by BLOCK_M, ROW_TILES and WARPGROUPS. Least squares on an H100
+#: (docs/benchmarks.md): over 307 timings of 8 layers, 16 to 4096 tokens, 7 % of each; of int8 over 105 of 5, 5 %.
+_STEP: dict[Activation, dict[tuple[int, int, int], float]] = {
+    "float": {
+        (16, 1, 2): 0.41,
+        (16, 1, 4): 0.60,
+        (16, 2, 2): 0.61,
+        (16, 2, 4): 1.11,
+        (32, 1, 2): 0.43,
+        (64, 1, 2): 0.46,
+        (64, 1, 3): 0.69,
+        (64, 1, 4): 0.87,
+        (64, 2, 2): 0.80,
+        (128, 1, 2): 0.65,
+        (128, 1, 3): 0.96,
+        (192, 1, 3): 1.41,
+        (256, 1, 2): 1.24,
+    },
+    "int8": {
+        (16, 1, 2): 0.37,
+        (16, 2, 2): 0.56,
+        (32, 1, 2): 0.40,
+        (64, 1, 2): 0.40,
+        (64, 1, 3): 0.58,
+        (64, 1, 4): 0.81,
+        (64, 2, 2): 0.70,
+        (64, 2, 3): 1.09,
+        (128, 1, 2): 0.50,
+        (128, 1, 3): 0.71,
+        (128, 2, 2): 0.82,
+        (192, 1, 3): 0.79,
+        (256, 1, 2): 0.62,
+    },
 }
-_LAUNCH, _TILE, _PART = 2.3, 2.0, 0.15
+
+#: Of the same fits: those of a launch; of the start and end of a tile of 128 tokens and row tiles; and of adding up its
+#: parts, for each block of a cluster.
+_LAUNCH_TILE_PART: dict[Activation, tuple[float, float, float]] = {"float": (2.3, 2.0, 0.15), "int8": (1.7, 2.2, 0.4)}
 
 #: Sums that a thread has room for where those of groups are kept apart, by WARPGROUPS.
 _MOST_SUMS = {2: 160, 3: 96, 4: 48}
@@ -194,28 +249,36 @@ _MOST_SUMS = {2: 160, 3: 96, 4: 48}
 _MOST_STAGES, _LEAST_STAGES = 12, 3
 
 
-def wgmma_tiles(layers: tuple[LayerShape, ...], dtype: Dtype) -> Iterator[Tile]:
+def wgmma_tiles(layers: tuple[LayerShape, ...], dtype: Dtype, activation: Activation = "float") -> Iterator[Tile]:
     """The sizes of linear_wgmma.cuh that fit the shared memory and the registers of a block, whatever the tokens."""
-    # SCALED of the kernel.
-    scaled = dtype == "bfloat16" and layers[0].mantissa is None
-    for BLOCK_M, ROW_TILES, WARPGROUPS in _STEP:
+    planes = layers[0].planes
+    # SCALED of linear_wgmma_float.cuh; int8 sums are not kept apart either.
+    scaled = activation == "int8" or (dtype == "bfloat16" and layers[0].mantissa is None)
+    for BLOCK_M, ROW_TILES, WARPGROUPS in _STEP[activation]:
         sums = BLOCK_M // 2 * (ROW_TILES + 2)
         if not scaled and sums > _MOST_SUMS[WARPGROUPS]:
             continue
         for CLUSTER in CLUSTERS:
             tile = Tile(BLOCK_M=BLOCK_M, ROW_TILES=ROW_TILES, WARPGROUPS=WARPGROUPS, STAGES=0, CLUSTER=CLUSTER)
-            rest = SHARED_BYTES - tile.shared_bytes(layers[0].planes)
-            STAGES = min(rest // tile.stage_bytes(layers[0].planes), _MOST_STAGES)
+            rest = SHARED_BYTES - tile.shared_bytes(planes, activation)
+            STAGES = min(rest // tile.stage_bytes(planes, activation), _MOST_STAGES)
             if STAGES >= _LEAST_STAGES:
                 yield dataclasses.replace(tile, STAGES=STAGES)
 
 
-def choose_wgmma_tile(M: int, layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype) -> Tile:
+def choose_wgmma_tile(
+    M: int, layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, activation: Activation = "float"
+) -> Tile:
     """The sizes of linear_wgmma.cuh for M tokens: those with the least `estimated_microseconds`."""
-    return min(wgmma_tiles(layers, dtype), key=lambda tile: estimated_microseconds(tile, M, layers, K, g))
+    return min(
+        wgmma_tiles(layers, dtype, activation),
+        key=lambda tile: estimated_microseconds(tile, M, layers, K, g, activation),
+    )
 
 
-def estimated_microseconds(tile: Tile, M: int, layers: tuple[LayerShape, ...], K: int, g: int) -> float:
+def estimated_microseconds(
+    tile: Tile, M: int, layers: tuple[LayerShape, ...], K: int, g: int, activation: Activation = "float"
+) -> float:
     """How long a call takes: rounds of whole tiles, then tiles whose steps a cluster shares, as the kernel does it.
 
     Only to compare tiles: for many tokens clocks fall, and all take longer.
@@ -228,10 +291,11 @@ def estimated_microseconds(tile: Tile, M: int, layers: tuple[LayerShape, ...], K
     shared_rounds = -(-left // clusters)
     # A last group that is smaller has steps of its own.
     steps = K // g * -(-g // 128) + -(-(K % g) // 128) if g >= 128 else -(-K // 128)
-    step = _STEP[tile.BLOCK_M, tile.ROW_TILES, tile.WARPGROUPS]
+    step = _STEP[activation][tile.BLOCK_M, tile.ROW_TILES, tile.WARPGROUPS]
     size = tile.BLOCK_M * tile.ROW_TILES / 128
+    launch, ends, part = _LAUNCH_TILE_PART[activation]
     return (
-        _LAUNCH
-        + rounds * (steps * step + size * _TILE)
-        + shared_rounds * (-(-steps // tile.CLUSTER) * step + size * _TILE + tile.CLUSTER * _PART)
+        launch
+        + rounds * (steps * step + size * ends)
+        + shared_rounds * (-(-steps // tile.CLUSTER) * step + size * ends + tile.CLUSTER * part)
     )

@@ -49,26 +49,25 @@ struct Tiles {
   static constexpr int PANEL = 8;
 
   const Layer (&layers)[LAYERS];
-  int blocks_n, blocks_m, tiles, clusters, rounds;
+  int blocks_n, blocks_m, rounds;
 
   __device__ __forceinline__ Tiles(const Layer (&given)[LAYERS], int M) : layers(given) {
     blocks_n = 0;
 #pragma unroll
     for (int i = 0; i < LAYERS; ++i) blocks_n += (layers[i].N + BLOCK_N - 1) / BLOCK_N;
     blocks_m = (M + BLOCK_M - 1) / BLOCK_M;
-    tiles = blocks_n * blocks_m;
-    clusters = gridDim.x / CLUSTER;
-    rounds = tiles / (clusters * CLUSTER);
-    if (tiles - rounds * clusters * CLUSTER > (CLUSTER - 1) * clusters) ++rounds;
+    const int tiles = blocks_n * blocks_m, blocks = gridDim.x;
+    rounds = tiles / blocks;
+    if (tiles - rounds * blocks > (CLUSTER - 1) * (blocks / CLUSTER)) ++rounds;
   }
 
   // The work of this block that comes after ``item`` others; false if there is none.
   __device__ __forceinline__ bool at(int item, Work& work) const {
-    const int rank = blockIdx.x % CLUSTER, cluster = blockIdx.x / CLUSTER, blocks = clusters * CLUSTER;
+    const int rank = blockIdx.x % CLUSTER, blocks = gridDim.x;
     work.split = CLUSTER > 1 && item >= rounds;
-    const int tile = work.split ? rounds * blocks + (item - rounds) * clusters + cluster
-                                : item * blocks + cluster * CLUSTER + rank;
-    if (tile >= tiles) return false;
+    const int tile =
+        work.split ? rounds * blocks + ((item - rounds) * blocks + blockIdx.x) / CLUSTER : item * blocks + blockIdx.x;
+    if (tile >= blocks_n * blocks_m) return false;
     const int panel = tile / (PANEL * blocks_n), in_panel = tile - panel * (PANEL * blocks_n);
     const int width = min(PANEL, blocks_m - panel * PANEL);
     int block_n = in_panel / width;

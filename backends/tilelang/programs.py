@@ -1,4 +1,4 @@
-"""The programs of a call of any op: for graphs that are being compiled, and for ``ternarize prewarm``."""
+"""The program of a call of any op: for graphs that are being compiled, and for ``ternarize prewarm``."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,13 +9,13 @@ from torch import Tensor
 from ternarize.backends.tilelang import build, host, linear, linear_int8
 from ternarize.backends.tilelang.layers import LayerShape
 
-_PROGRAMS_FOR: dict[str, Callable[..., tuple[build.Program, ...]]] = {
-    "linear": linear.programs_for,
-    "linear_int8": linear_int8.programs_for,
+_PROGRAM_FOR: dict[str, Callable[..., build.Program]] = {
+    "linear": linear.program_for,
+    "linear_int8": linear_int8.program_for,
 }
 
 
-def programs_for(
+def program_for(
     stem: str,
     M: int,
     layers: tuple[LayerShape, ...],
@@ -25,8 +25,8 @@ def programs_for(
     *,
     guarded: bool,
     gpu: str | None,
-) -> tuple[build.Program, ...]:
-    """The programs that a call runs one after the other, each for the next of its layers.
+) -> build.Program:
+    """The program that a call runs, for all its layers.
 
     Args:
         stem: linear or linear_int8.
@@ -38,7 +38,7 @@ def programs_for(
         guarded: whether outputs that are not finite are reported.
         gpu: as `torch.cuda.get_device_name` names it, whose measured tiles are used; None for any Hopper card.
     """
-    return _PROGRAMS_FOR[stem](M, layers, K, group_size, dtype, guarded=guarded, gpu=gpu)
+    return _PROGRAM_FOR[stem](M, layers, K, group_size, dtype, guarded=guarded, gpu=gpu)
 
 
 def prepare(
@@ -51,7 +51,7 @@ def prepare(
     *,
     guarded: bool,
 ) -> None:
-    """Begin to build the kernels of a call that is being compiled, side by side with whatever else is.
+    """Begin to build the kernel of a call that is being compiled, side by side with whatever else is.
 
     Those for its number of tokens; if that is dynamic, for the number at hand and for one, with which decoding goes on.
 
@@ -70,5 +70,4 @@ def prepare(
     for M in tokens:
         if M > 0:
             gpu = host.gpu_name(x.device)
-            for program in programs_for(stem, M, layers, K, group_size, x.dtype, guarded=guarded, gpu=gpu):
-                build.start(program)
+            build.start(program_for(stem, M, layers, K, group_size, x.dtype, guarded=guarded, gpu=gpu))

@@ -71,6 +71,34 @@ __device__ __forceinline__ void fence_for_tma() { asm volatile("fence.proxy.asyn
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+// The same, and whether any of the threads says so. The vote is for the compiler alone: after it knows that all of a warp
+// get the same answer, it keeps what depends on it in uniform registers.
+__device__ __forceinline__ bool any_of(int id, int threads, bool condition) {
+  int any;
+  asm volatile(
+      "{\n"
+      ".reg .pred condition, any;\n"
+      "setp.ne.s32 condition, %3, 0;\n"
+      "barrier.cta.red.or.pred any, %1, %2, condition;\n"
+      "vote.sync.any.pred any, any, -1;\n"
+      "selp.s32 %0, 1, 0, any;\n"
+      "}"
+      : "=r"(any)
+      : "r"(id), "r"(threads), "r"(static_cast<int>(condition))
+      : "memory");
+  return any;
+}
+
+// Variables of local memory that stay there, one after the other: the compiler would rather spill others than these,
+// which are seldom used.
+__device__ __forceinline__ double load_local(const double* variable) {
+  double value;
+  asm volatile("ld.volatile.f64 %0, [%1];" : "=d"(value) : "l"(variable) : "memory");
+  return value;
+}
+__device__ __forceinline__ void store_local(double* variable, double value) {
+  asm volatile("st.volatile.f64 [%0], %1;" ::"l"(variable), "d"(value) : "memory");
+}
 
 // Registers of a thread, taken from or given to the others of its block; by all threads of a warpgroup.
 template <int COUNT>
@@ -98,12 +126,12 @@ __device__ __forceinline__ void store_transposed(void* row, const uint32_t (&val
                : "memory");
 }
 
-// What describes a matrix in shared memory to wgmma, whose K lies along rows of 32 or 64 columns of 16 bits, swizzled
-// by their size: 8 rows are a core matrix. Add bytes / 16 to move on.
-template <int ROW_COLUMNS>
+// What describes a matrix in shared memory to wgmma, whose K lies along rows of 32, 64 or 128 bytes, swizzled by their
+// size: 8 rows are a core matrix. Add bytes / 16 to move on.
+template <int ROW_BYTES>
 __device__ __forceinline__ uint64_t matrix_descriptor(const void* matrix) {
-  return shared_address(matrix) >> 4 | 1ull << 16 | static_cast<uint64_t>(ROW_COLUMNS) << 32 |
-         (ROW_COLUMNS == 64 ? 1ull : 2ull) << 62;
+  return shared_address(matrix) >> 4 | 1ull << 16 | static_cast<uint64_t>(ROW_BYTES / 2) << 32 |
+         (ROW_BYTES == 128 ? 1ull : ROW_BYTES == 64 ? 2ull : 3ull) << 62;
 }
 // d = A · B, plus d if ``add``: A [64, 16] of a warpgroup's registers, B [16, N] in shared memory, d [64, N] in float32.
 template <typename Float, int N>
@@ -111,6 +139,12 @@ __device__ __forceinline__ void wgmma(float* d, const uint32_t* a, uint64_t b, b
   constexpr tl::DataType TYPE = std::is_same_v<Float, __half> ? tl::DataType::kFloat16 : tl::DataType::kBFloat16;
   tl::wgmma_rs<TYPE, TYPE, tl::DataType::kFloat32, 64, N, 16, false, false, 1, 1>(a, b, reinterpret_cast<uint32_t*>(d),
                                                                                  add);
+}
+// d += A · B: A [64, 32] in int8 of a warpgroup's registers, B [32, N] in shared memory, d [64, N] in int32.
+template <int N>
+__device__ __forceinline__ void wgmma(int* d, const uint32_t* a, uint64_t b) {
+  tl::wgmma_rs<tl::DataType::kInt8, tl::DataType::kInt8, tl::DataType::kInt32, 64, N, 32, false, false, 1, 1>(
+      a, b, reinterpret_cast<uint32_t*>(d), true);
 }
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -126,11 +160,22 @@ __device__ __forceinline__ void keep(uint32_t (&registers)[COUNT]) {
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 template <int COUNT>
+__device__ __forceinline__ void keep(int (&registers)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(registers[i])::"memory");
+}
+template <int COUNT>
 __device__ __forceinline__ void keep(float (&registers)[COUNT]) {
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
+// __byte_perm whose operands the compiler leaves as they are.
+__device__ __forceinline__ uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(low), "r"(high), "r"(selector));
+  return d;
+}
 // Products of two pairs of bfloat16.
 __device__ __forceinline__ uint32_t multiply_bfloat16(uint32_t a, uint32_t b) {
   uint32_t d;

@@ -125,6 +125,7 @@ struct Block {
 
   Barrier barrier;
   std::deque<Barrier> named_barriers = std::deque<Barrier>(16, Barrier(0));
+  bool any[16] = {};  // of any_of, by barrier
   std::vector<Warp> warps;
   std::vector<Thread*> threads;
   uint8_t* memory;
@@ -274,6 +275,11 @@ inline float __shfl_sync(uint32_t, float value, int lane, int width) {
   uint32_t all[32][1];
   emulated::exchange({std::bit_cast<uint32_t>(value)}, all);
   return std::bit_cast<float>(all[emulated::lane() / width * width + lane][0]);
+}
+inline int __shfl_xor_sync(uint32_t, int value, int lanes) {
+  uint32_t all[32][1];
+  emulated::exchange({static_cast<uint32_t>(value)}, all);
+  return static_cast<int>(all[emulated::lane() ^ lanes][0]);
 }
 inline uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
   uint32_t all[32][1];

@@ -54,6 +54,7 @@ inline uint2 load_activations(const void* address) {
   return *static_cast<const uint2*>(address);
 }
 inline float load_scale(const float* address) {
+  emulated::require(emulated::current->waited_for_previous_kernel, "reads scale before the previous kernel wrote it");
   emulated::require_readable(address, 4);
   return *address;
 }

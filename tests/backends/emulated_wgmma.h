@@ -93,33 +93,45 @@ float number(uint32_t word, int i) {
 
 constexpr int DESCRIPTOR_ADDRESS_BITS = 60;
 
-// The fragment of this lane, d = A · B or d += A · B, of its product ``index`` in the warp.
-template <typename Float, int N>
-void multiply(float* d, size_t index, uint64_t descriptor, bool add) {
+// The fragment of this lane, d = A · B or d += A · B, of its product ``index`` in the warp, for operands with ``PER_WORD``
+// values in a register, which decode(word, place) takes from it.
+template <int PER_WORD, int N, typename Sum, typename Decode>
+void multiply(Sum* d, size_t index, uint64_t descriptor, bool add, Decode decode) {
   const int swizzle = descriptor >> DESCRIPTOR_ADDRESS_BITS << 4;
   auto* const matrix = reinterpret_cast<uint8_t*>((descriptor & ((1ull << DESCRIPTOR_ADDRESS_BITS) - 1)) << 4);
-  float a[2][16];
+  constexpr int K = 8 * PER_WORD;
+  Sum a[2][K];
   for (int q = 0; q < 4; ++q) {
     const auto& registers = block().threads[current->index.x / 4 * 4 + q]->operands[index];
     for (int r = 0; r < 4; ++r)
-      for (int i = 0; i < 2; ++i) a[r % 2][r / 2 * 8 + 2 * q + i] = number<Float>(registers[r], i);
+      for (int i = 0; i < PER_WORD; ++i) a[r % 2][r / 2 * K / 2 + PER_WORD * q + i] = decode(registers[r], i);
   }
   for (int n8 = 0; n8 < N; n8 += 8)
     for (int i = 0; i < 2; ++i) {
-      float b[16];
-      for (int k = 0; k < 16; k += 2) {
-        uint32_t pair;
-        std::memcpy(&pair, swizzled(block(), matrix + (n8 + lane() % 4 * 2 + i) * swizzle + 2 * k, swizzle), 4);
-        b[k] = number<Float>(pair, 0);
-        b[k + 1] = number<Float>(pair, 1);
+      Sum b[K];
+      for (int k = 0; k < K; ++k) {
+        uint32_t word;
+        std::memcpy(&word, swizzled(block(), matrix + (n8 + lane() % 4 * 2 + i) * swizzle + k / PER_WORD * 4, swizzle),
+                    4);
+        b[k] = decode(word, k % PER_WORD);
       }
       for (int half = 0; half < 2; ++half) {
-        float sum = 0;
-        for (int k = 0; k < 16; ++k) sum += a[half][k] * b[k];
-        float& to = d[n8 / 2 + half * 2 + i];
+        Sum sum = 0;
+        for (int k = 0; k < K; ++k) sum += a[half][k] * b[k];
+        Sum& to = d[n8 / 2 + half * 2 + i];
         to = add ? to + sum : sum;
       }
     }
+}
+
+// Gives an operand of this thread to its warpgroup; multiplied(index) forms the product.
+template <typename Product>
+void begin_product(const uint32_t* a, Product product) {
+  auto* const thread = current;
+  require(thread->may_multiply, "wgmma without wgmma_fence");
+  const size_t index = thread->operands.size();
+  thread->operands.push_back({a[0], a[1], a[2], a[3]});
+  thread->products.begin([=] { product(index); });
 }
 
 }  // namespace emulated
@@ -173,6 +185,21 @@ inline void named_barrier(int id, int threads) {
   barrier.arrive_and_wait("named_barrier");
 }
 
+inline bool any_of(int id, int threads, bool condition) {
+  auto& block = emulated::block();
+  // The answer stands until all have read it.
+  if (condition) block.any[id] = true;
+  named_barrier(id, threads);
+  const bool any = block.any[id];
+  named_barrier(id, threads);
+  block.any[id] = false;
+  named_barrier(id, threads);
+  return any;
+}
+
+inline double load_local(const double* variable) { return *variable; }
+inline void store_local(double* variable, double value) { *variable = value; }
+
 template <int COUNT>
 void take_registers() {}
 template <int COUNT>
@@ -195,18 +222,21 @@ inline void store_transposed(void* row, const uint32_t (&values)[4]) {
 }
 
 // As wgmma has it, in units of 16 bytes; above the address, the swizzle.
-template <int ROW_COLUMNS>
+template <int ROW_BYTES>
 uint64_t matrix_descriptor(const void* matrix) {
-  constexpr uint64_t swizzle = 2 * ROW_COLUMNS;
-  return reinterpret_cast<uint64_t>(matrix) >> 4 | swizzle >> 4 << emulated::DESCRIPTOR_ADDRESS_BITS;
+  return reinterpret_cast<uint64_t>(matrix) >> 4 | ROW_BYTES / 16ull << emulated::DESCRIPTOR_ADDRESS_BITS;
 }
 template <typename Float, int N>
 void wgmma(float* d, const uint32_t* a, uint64_t b, bool add) {
-  auto* const thread = emulated::current;
-  emulated::require(thread->may_multiply, "wgmma without wgmma_fence");
-  const size_t index = thread->operands.size();
-  thread->operands.push_back({a[0], a[1], a[2], a[3]});
-  thread->products.begin([=] { emulated::multiply<Float, N>(d, index, b, add); });
+  emulated::begin_product(a, [=](size_t index) {
+    emulated::multiply<2, N>(d, index, b, add, emulated::number<Float>);
+  });
+}
+template <int N>
+void wgmma(int* d, const uint32_t* a, uint64_t b) {
+  emulated::begin_product(a, [=](size_t index) {
+    emulated::multiply<4, N>(d, index, b, true, [](uint32_t word, int i) { return static_cast<int8_t>(word >> 8 * i); });
+  });
 }
 inline void wgmma_fence() { emulated::current->may_multiply = true; }
 inline void wgmma_commit() {
@@ -223,6 +253,7 @@ void wgmma_wait() {
 template <typename Registers>
 void keep(Registers&) {}
 
+inline uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) { return __byte_perm(low, high, selector); }
 inline uint32_t multiply_bfloat16(uint32_t a, uint32_t b) {
   uint32_t product = 0;
   for (int i = 0; i < 2; ++i) {

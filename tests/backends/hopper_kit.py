@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ternarize.config import Activation
 from ternarize.packing import dequantize, groups_per_row, pack
 
 Dtype = Literal["bfloat16", "float16"]
@@ -37,6 +38,7 @@ class Case:
     K: int
     g: int
     dtype: Dtype = "bfloat16"
+    activation: Activation = "float"
     tile: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
@@ -57,10 +59,13 @@ class Operands:
         """Exponents about -6, y not a number, and as much bias as it takes to show."""
         G = groups_per_row(case.K, case.g)
         T = torch.randint(-1, 2, (layer.planes, layer.N, case.K), dtype=torch.int8)
+        # What lies past its end, in the last word that kernels read, is no exponent of this layer.
+        E = torch.full((layer.N * G + 4,), 127, dtype=torch.int8)[:-4].view(layer.N, G)
+        E[:] = torch.randint(-9, -3, (layer.N, G))
         mantissa = layer.mantissa and torch.randint(1, 100, (layer.N, G)).to(getattr(torch, layer.mantissa))
         return cls(
             T_packed=pack(T if layer.planes > 1 else T[0], case.g),
-            E=torch.randint(-9, -3, (layer.N, G), dtype=torch.int8),
+            E=E,
             E_mantissa=mantissa,
             bias=torch.randint(-(2**31), 2**31, (layer.N,)).int() if layer.bias else None,
             bias_exponent=torch.tensor([-30], dtype=torch.int8) if layer.bias else None,
@@ -93,6 +98,30 @@ def random_x(case: Case) -> Tensor:
     G = groups_per_row(case.K, case.g)
     magnitude = torch.exp2(torch.randint(-6, 7, (case.M, G)).float()).repeat_interleave(case.g, 1)[:, : case.K]
     return (torch.randn(case.M, case.K) * magnitude).to(getattr(torch, case.dtype))
+
+
+@dataclasses.dataclass(kw_only=True)
+class Inputs:
+    """What the layers of a call share."""
+
+    x: Tensor
+    """[M, K] in the dtype of the case, or int8."""
+    scale: Tensor | None = None
+    """float32 [M], of int8."""
+
+    @classmethod
+    def random(cls, case: Case) -> "Inputs":
+        if case.activation == "float":
+            return cls(x=random_x(case))
+        x = torch.randint(-128, 128, (case.M, case.K), dtype=torch.int8)
+        return cls(x=x, scale=torch.exp2(torch.rand(case.M) * 8 - 4))
+
+    def value(self) -> Tensor:
+        """What x stands for, in float64."""
+        return self.x.double() if self.scale is None else self.x.double() * self.scale.double()[:, None]
+
+    def tensors(self) -> list[Tensor]:
+        return [self.x] if self.scale is None else [self.x, self.scale]
 
 
 # On the CPU.

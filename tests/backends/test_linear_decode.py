@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from ternarize.config import Activation
 from ternarize.packing import dequantize
 from tests.backends.hopper_kit import (
     Case,
+    Inputs,
     Operands,
     addresses,
     assert_compiles,
@@ -22,7 +22,6 @@ from tests.backends.hopper_kit import (
     emulate,
     layer_shape,
     lower,
-    random_x,
     run_on_gpu,
 )
 
@@ -32,8 +31,6 @@ pytest.importorskip("tilelang", reason="TileLang is for Linux")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeCase(Case):
     """A case; ``tile`` has the fields of DecodeTile that are not 1."""
-
-    activation: Activation = "float"
 
     def decode_tile(self) -> Any:
         from ternarize.backends.tilelang.linear_decode import DecodeTile
@@ -121,30 +118,6 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     ]
     functions = [_call(case, index) for index, case in enumerate(CASES.values())]
     return compile_emulation("emulated_hopper.h", kernels, functions, tmp_path_factory.mktemp("emulation"))
-
-
-@dataclasses.dataclass(kw_only=True)
-class Inputs:
-    """What the layers of a call share."""
-
-    x: Tensor
-    """[M, K] in the dtype of the case, or int8."""
-    scale: Tensor | None = None
-    """float32 [M], of int8."""
-
-    @classmethod
-    def random(cls, case: DecodeCase) -> "Inputs":
-        if case.activation == "float":
-            return cls(x=random_x(case))
-        x = torch.randint(-128, 128, (case.M, case.K), dtype=torch.int8)
-        return cls(x=x, scale=torch.exp2(torch.rand(case.M) * 8 - 4))
-
-    def value(self) -> Tensor:
-        """What x stands for, in float64."""
-        return self.x.double() if self.scale is None else self.x.double() * self.scale.double()[:, None]
-
-    def tensors(self) -> list[Tensor]:
-        return [self.x] if self.scale is None else [self.x, self.scale]
 
 
 def _emulate(library: ctypes.CDLL, name: str, inputs: Inputs, layers: Sequence[Operands]) -> None:

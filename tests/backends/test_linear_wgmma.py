@@ -1,40 +1,14 @@
 """What linear_wgmma.cuh computes: on the CPU, emulated, and on a Hopper GPU."""
 
-import ctypes
-import dataclasses
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from tests.backends.hopper_kit import (
-    Case,
-    Operands,
-    addresses,
-    compile_emulation,
-    emulate,
-    layer_shape,
-    random_x,
-    run_on_gpu,
-)
+from tests.backends.hopper_kit import ROUNDING_ERROR, Inputs, Operands, layer_shape, run_on_gpu
+from tests.backends.wgmma_kit import Emulation, WgmmaCase, compile_cases
 
 pytest.importorskip("tilelang", reason="TileLang is for Linux")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WgmmaCase(Case):
-    """A case; ``tile`` has what is not that of the smallest tile, and fewer stages than most calls have steps."""
-
-    clusters: int = 1
-    """In the emulation."""
-
-    def wgmma_tile(self) -> Any:
-        from ternarize.backends.tilelang.linear_wgmma import Tile
-
-        return Tile(**{"BLOCK_M": 32, "ROW_TILES": 1, "WARPGROUPS": 2, "STAGES": 3, **self.tile})
 
 
 CASES = {
@@ -86,92 +60,83 @@ CASES = {
         M=17, layers=(layer_shape(77, mantissa="int16", planes=2),), K=576, g=32, tile={"ROW_TILES": 2}
     ),
     "mantissas of four bytes": WgmmaCase(M=17, layers=(layer_shape(77, mantissa="int32"),), K=448, g=64),
+    "int8, one step": WgmmaCase(M=17, layers=(layer_shape(40, bias=True),), K=128, g=128, activation="int8"),
+    "int8, split over two": WgmmaCase(
+        M=40,
+        layers=(layer_shape(333, bias=True),),
+        K=1408,
+        g=128,
+        activation="int8",
+        tile={"CLUSTER": 2, "ROW_TILES": 2, "STAGES": 4},
+    ),
+    "int8, split over four, fewer steps than blocks": WgmmaCase(
+        M=17, layers=(layer_shape(72),), K=192, g=64, activation="int8", tile={"CLUSTER": 4, "BLOCK_M": 16}
+    ),
+    "int8, rounds, then a split": WgmmaCase(
+        M=65,
+        layers=(layer_shape(200, bias=True), layer_shape(9), layer_shape(136, bias=True)),
+        K=640,
+        g=64,
+        dtype="float16",
+        activation="int8",
+        clusters=2,
+        tile={"CLUSTER": 2, "STAGES": 4, "WARPGROUPS": 3},
+    ),
+    "int8, groups of 32": WgmmaCase(M=40, layers=(layer_shape(104, bias=True),), K=576, g=32, activation="int8"),
+    "int8, groups of 32, two row tiles": WgmmaCase(
+        M=17, layers=(layer_shape(264),), K=1024, g=32, activation="int8", tile={"ROW_TILES": 2, "BLOCK_M": 16}
+    ),
+    "int8, groups of 64, two row tiles": WgmmaCase(
+        M=17, layers=(layer_shape(264),), K=960, g=64, activation="int8", tile={"ROW_TILES": 2, "BLOCK_M": 16}
+    ),
+    "int8, groups of 256, the last of 192": WgmmaCase(
+        M=17, layers=(layer_shape(64),), K=960, g=256, activation="int8", tile={"CLUSTER": 4}
+    ),
+    "int8, the last group of 64": WgmmaCase(M=17, layers=(layer_shape(59),), K=704, g=128, activation="int8"),
+    "int8, a group a row": WgmmaCase(M=17, layers=(layer_shape(64, bias=True),), K=576, g=576, activation="int8"),
 }
 
-
-class TensorMap(ctypes.Structure):
-    """CUtensorMap of emulated_wgmma.h."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("extents", ctypes.c_int64 * 3),
-        ("box", ctypes.c_int * 3),
-        ("element_bytes", ctypes.c_int),
-        ("swizzle", ctypes.c_int),
-        ("written_by_previous_kernel", ctypes.c_int),
-    )
-
-    @classmethod
-    def of(cls, tensor: Tensor, box: tuple[int, ...], *, written: bool = False) -> "TensorMap":
-        size = tensor.element_size()
-        extents, sizes = ((*reversed(each), 1)[:3] for each in (tensor.shape, box))
-        return cls(tensor.data_ptr(), extents, sizes, size, box[-1] * size, written)
-
-
-def _call(case: WgmmaCase, index: int) -> str:
-    """C++ of run_INDEX(maps of x and of T_packed and y of each layer, M, the other pointers of each layer)."""
-    from ternarize.backends.tilelang.linear_wgmma import wgmma_function
-
-    tile = case.wgmma_tile()
-    layers = []
-    for i, layer in enumerate(case.layers):
-        y_boxes = f"maps[{2 * i + 2}]" if layer.N % 8 == 0 else "0"
-        pointers = ", ".join(f"p[{6 * i + j}]" for j in range(6))
-        layers.append(f"ternarize::layer(maps[{2 * i + 1}], {y_boxes}, {layer.N}, {pointers})")
-    function = wgmma_function(case.layers, case.K, case.g, case.dtype, guarded=True, tile=tile)
-    sizes = (case.clusters, tile.CLUSTER, 128 * (tile.WARPGROUPS + 1), tile.shared_bytes(case.layers[0].planes))
-    return f"""
-    extern "C" const char* run_{index}(const CUtensorMap* maps, int M, void** p) {{
-      return emulated::run({", ".join(map(str, sizes))}, [&](uint8_t* shared) {{
-        {function}(maps[0], M, shared, {", ".join(layers)});
-      }});
-    }}"""
+INT8_CASES = [name for name, case in CASES.items() if case.activation == "int8"]
 
 
 @pytest.fixture(scope="module")
-def emulation(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
     """All cases, compiled for the CPU."""
-    from ternarize.backends.tilelang import linear_wgmma
-
-    kernels = [Path(linear_wgmma.__file__).with_name(name) for name in linear_wgmma.PARTS]
-    functions = [_call(case, index) for index, case in enumerate(CASES.values())]
-    return compile_emulation("emulated_wgmma.h", kernels, functions, tmp_path_factory.mktemp("emulation"))
-
-
-def _emulate(library: ctypes.CDLL, name: str, x: Tensor, layers: Sequence[Operands]) -> None:
-    case = CASES[name]
-    tile = case.wgmma_tile()
-    rows = [torch.full((case.M + tile.BLOCK_M, shape.N), torch.nan, dtype=x.dtype) for shape in case.layers]
-    for layer, memory in zip(layers, rows, strict=True):
-        layer.y = memory[: case.M]
-    maps = [TensorMap.of(x, tile.x_box(case.K, case.g), written=True)]
-    for layer, shape in zip(layers, case.layers, strict=True):
-        maps += [TensorMap.of(layer.T_packed, tile.packed_box(shape.planes)), TensorMap.of(layer.y, tile.y_box())]
-    pointers = [tensor for layer in layers for tensor in layer.tensors()[1:]]
-    function = f"run_{list(CASES).index(name)}"
-    emulate(library, function, pointers, (TensorMap * len(maps))(*maps), x.shape[0], addresses(pointers))
-    assert all(memory[case.M :].isnan().all() for memory in rows), "y is written past its last row"
+    return Emulation.of(CASES, tmp_path_factory.mktemp("emulation"))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_wgmma_equals_float64(emulation: ctypes.CDLL, name: str) -> None:
+def test_wgmma_equals_float64(emulation: Emulation, name: str) -> None:
     torch.manual_seed(0)
     case = CASES[name]
-    x, layers = random_x(case), [Operands.random(layer, case) for layer in case.layers]
-    _emulate(emulation, name, x, layers)
+    inputs, layers = Inputs.random(case), [Operands.random(layer, case) for layer in case.layers]
+    emulation.run(name, inputs, layers)
     for layer in layers:
-        layer.assert_right(x, case)
+        layer.assert_right(inputs.value(), case)
         assert layer.status.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
-@pytest.mark.parametrize("name", ["split over two", "rounds, then a split", "float16, rounds", "mantissas of a byte"])
-def test_wgmma_reports_a_result_that_is_not_finite(emulation: ctypes.CDLL, name: str, value: float) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "split over two",
+        "rounds, then a split",
+        "float16, rounds",
+        "mantissas of a byte",
+        "int8, split over two",
+        "int8, rounds, then a split",
+    ],
+)
+def test_wgmma_reports_a_result_that_is_not_finite(emulation: Emulation, name: str, value: float) -> None:
     torch.manual_seed(0)
     case = CASES[name]
-    x, layers = random_x(case), [Operands.random(layer, case) for layer in case.layers]
-    x[1, 300] = value
-    _emulate(emulation, name, x, layers)
+    inputs, layers = Inputs.random(case), [Operands.random(layer, case) for layer in case.layers]
+    if inputs.scale is None:
+        inputs.x[1, 300] = value
+    else:
+        inputs.scale[1] = value
+    emulation.run(name, inputs, layers)
     for layer in layers:
         assert not layer.y[1].isfinite().any()
         assert layer.y[[0, *range(2, case.M)]].isfinite().all()
@@ -179,16 +144,16 @@ def test_wgmma_reports_a_result_that_is_not_finite(emulation: ctypes.CDLL, name:
 
 
 @pytest.mark.parametrize("name", ["one token", "split over two", "float16, rounds"])
-def test_wgmma_reports_a_result_that_its_dtype_does_not_hold(emulation: ctypes.CDLL, name: str) -> None:
+def test_wgmma_reports_a_result_that_its_dtype_does_not_hold(emulation: Emulation, name: str) -> None:
     torch.manual_seed(0)
     case = CASES[name]
-    x, (layer,) = random_x(case), [Operands.random(layer, case) for layer in case.layers]
-    x[-1] = 64
+    inputs, (layer,) = Inputs.random(case), [Operands.random(layer, case) for layer in case.layers]
+    inputs.x[-1] = 64
     # Of one output alone, the last, all weights are 1 and large.
     layer.T_packed[-1] = 0x55
     layer.E[-1] = 127 if case.dtype == "bfloat16" else 8
-    x[:-1] *= 0.0
-    _emulate(emulation, name, x, [layer])
+    inputs.x[:-1] = 0
+    emulation.run(name, inputs, [layer])
     assert layer.y[-1, -1] == torch.inf
     assert layer.y[:-1].isfinite().all()
     assert layer.y[-1, :-1].isfinite().all()
@@ -207,7 +172,7 @@ def test_wgmma_reports_a_result_that_its_dtype_does_not_hold(emulation: ctypes.C
     ],
 )
 def test_wgmma_holds_over_the_whole_range_of_exponents(
-    emulation: ctypes.CDLL, name: str, ends: tuple[int, int], most: int
+    emulation: Emulation, name: str, ends: tuple[int, int], most: int
 ) -> None:
     torch.manual_seed(0)
     case = CASES[name]
@@ -215,13 +180,13 @@ def test_wgmma_holds_over_the_whole_range_of_exponents(
     exponents = torch.linspace(*ends, layer.E.shape[1]).round()
     layer.E[:] = exponents
     x = torch.randn(case.M, case.K) * torch.exp2(-exponents.clamp(-most, most)).repeat_interleave(case.g)[: case.K]
-    x = x.to(getattr(torch, case.dtype))
-    _emulate(emulation, name, x, [layer])
-    layer.assert_right(x, case)
+    inputs = Inputs(x=x.to(getattr(torch, case.dtype)))
+    emulation.run(name, inputs, [layer])
+    layer.assert_right(inputs.value(), case)
     assert layer.status.tolist() == [0, 0]
 
 
-def test_float16_neither_clamps_nor_overflows_exponents(emulation: ctypes.CDLL) -> None:
+def test_float16_neither_clamps_nor_overflows_exponents(emulation: Emulation) -> None:
     torch.manual_seed(0)
     name = "groups of 128, the last of 64"
     case = CASES[name]
@@ -229,14 +194,14 @@ def test_float16_neither_clamps_nor_overflows_exponents(emulation: ctypes.CDLL) 
     # Clamped to what float16 holds, 2^-126 would be 2^-14 and its group, of large x, a tenth of y.
     layer.E[:] = torch.tensor([-126, 0, 127, 20, -1, -126])
     magnitude = torch.tensor([2000.0, 1, 0, 2**-20, 1, 2000]).repeat_interleave(case.g)[: case.K]
-    x = (torch.randn(case.M, case.K) * magnitude).half()
-    _emulate(emulation, name, x, [layer])
-    layer.assert_right(x, case)
+    inputs = Inputs(x=(torch.randn(case.M, case.K) * magnitude).half())
+    emulation.run(name, inputs, [layer])
+    layer.assert_right(inputs.value(), case)
 
 
 @pytest.mark.parametrize(("E", "bias_exponent"), [(-126, -128), (90, 60), (-5, -40)])
 @pytest.mark.parametrize("name", ["one step", "split over two"])
-def test_bias_takes_any_exponent(emulation: ctypes.CDLL, name: str, E: int, bias_exponent: int) -> None:
+def test_bias_takes_any_exponent(emulation: Emulation, name: str, E: int, bias_exponent: int) -> None:
     torch.manual_seed(0)
     case = CASES[name]
     (layer,) = [Operands.random(layer, case) for layer in case.layers]
@@ -244,24 +209,75 @@ def test_bias_takes_any_exponent(emulation: ctypes.CDLL, name: str, E: int, bias
     assert layer.bias_exponent is not None
     layer.bias_exponent[:] = bias_exponent
     # About as large as the bias, 2^30 · 2^bias_exponent.
-    x = (torch.randn(case.M, case.K) * 2.0 ** (bias_exponent + 27 - E)).bfloat16()
-    _emulate(emulation, name, x, [layer])
-    layer.assert_right(x, case)
+    inputs = Inputs(x=(torch.randn(case.M, case.K) * 2.0 ** (bias_exponent + 27 - E)).bfloat16())
+    emulation.run(name, inputs, [layer])
+    layer.assert_right(inputs.value(), case)
+
+
+@pytest.mark.parametrize("name", INT8_CASES)
+def test_int8_sums_are_exact(emulation: Emulation, name: str) -> None:
+    torch.manual_seed(0)
+    case = CASES[name]
+    inputs, layers = Inputs.random(case), [Operands.random(layer, case) for layer in case.layers]
+    # Sums of less than 24 bits, and scales that are powers of two: all that is rounded is the result.
+    assert inputs.scale is not None
+    inputs.scale = torch.exp2(inputs.scale.log2().round())
+    for layer in layers:
+        layer.bias = None
+        # As far apart as an operand of 8 bits holds.
+        layer.E[:] = torch.randint(-9, -2, layer.E.shape)
+    emulation.run(name, inputs, layers)
+    for layer in layers:
+        assert torch.equal(layer.y, layer.expected(inputs.value(), case).to(layer.y.dtype))
+
+
+@pytest.mark.parametrize("ends", [(-126, 127), (-126, -126), (127, 127), (-20, 10)])
+@pytest.mark.parametrize("name", [name for name in INT8_CASES if CASES[name].dtype == "bfloat16"])
+def test_int8_takes_every_exponent(emulation: Emulation, name: str, ends: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    case = CASES[name]
+    inputs, layers = Inputs.random(case), [Operands.random(layer, case) for layer in case.layers]
+    # The quantiser's least where results would not be finite otherwise; sums over q are not.
+    inputs.scale = torch.full((case.M,), 1e-5 / 127 if ends[1] == 127 else 1.0)
+    for layer in layers:
+        layer.bias = None
+        # Of some rows alone: those that share a warpgroup with them must not suffer.
+        layer.E[::7] = torch.randint(ends[0], ends[1] + 1, layer.E[::7].shape, dtype=torch.int8)
+    emulation.run(name, inputs, layers)
+    for layer in layers:
+        expected = layer.expected(inputs.value(), case)
+        # The least of float32 and bfloat16 is 2^-149 and 2^-133.
+        rows = expected.abs().amax(0, keepdim=True).clamp_min(2.0**-110)
+        torch.testing.assert_close(layer.y.double() / rows, expected / rows, rtol=ROUNDING_ERROR[case.dtype], atol=1e-5)
+        assert layer.status.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "name", ["int8, groups of 32, two row tiles", "int8, groups of 64, two row tiles", "int8, the last group of 64"]
+)
+def test_what_int8_sums_before_a_base_moves_is_kept_exactly(emulation: Emulation, name: str) -> None:
+    torch.manual_seed(0)
+    case = CASES[name]
+    inputs, (layer,) = Inputs.random(case), [Operands.random(layer, case) for layer in case.layers]
+    inputs.scale = torch.ones(case.M)
+    # The third group takes back what the first has given, and leaves of the sum what float32 would have lost.
+    G, g = layer.E.shape[1], case.g
+    first, third = slice(0, g), slice(2 * g, 3 * g)
+    inputs.x[:, third] = inputs.x[:, first]
+    packed = layer.T_packed.view(len(layer.E), -1)
+    packed[:, : g // 4], packed[:, g // 2 : 3 * g // 4] = 0x55, 0xFF
+    layer.E[:] = torch.where(torch.arange(G) % 2 == 0, 30, -10).to(torch.int8)
+    packed[:, 3 * g // 4 :] = 0
+    emulation.run(name, inputs, [layer])
+    expected = layer.expected(inputs.value(), case).to(layer.y.dtype)
+    assert expected.abs().max() < 2**10
+    assert torch.equal(layer.y, expected)
 
 
 @pytest.fixture(scope="module")
 def kernels() -> dict[str, Any]:
     """All cases, compiled for the GPU."""
-    import tilelang
-
-    from ternarize.backends.tilelang.hopper import TARGET
-    from ternarize.backends.tilelang.linear_wgmma import wgmma_program
-
-    programs = [
-        wgmma_program(case.layers, case.K, case.g, case.dtype, guarded=True, tile=case.wgmma_tile())
-        for case in CASES.values()
-    ]
-    return dict(zip(CASES, tilelang.par_compile(programs, target=TARGET), strict=True))
+    return compile_cases(CASES)
 
 
 @pytest.mark.gpu
@@ -269,18 +285,18 @@ def kernels() -> dict[str, Any]:
 def test_wgmma_equals_float64_and_itself_on_the_gpu(kernels: dict[str, Any], name: str) -> None:
     torch.manual_seed(0)
     case = CASES[name]
-    x, layers = random_x(case), [Operands.random(layer, case) for layer in case.layers]
-    run_on_gpu(kernels[name], [x], layers)
+    inputs, layers = Inputs.random(case), [Operands.random(layer, case) for layer in case.layers]
+    run_on_gpu(kernels[name], inputs.tensors(), layers)
     first = [layer.y for layer in layers]
     for layer in layers:
-        layer.assert_right(x, case)
+        layer.assert_right(inputs.value(), case)
         assert layer.status.tolist() == [0, 0]
     # The parts of K are summed in one order, whichever block is first.
     for _ in range(3):
-        run_on_gpu(kernels[name], [x], layers)
+        run_on_gpu(kernels[name], inputs.tensors(), layers)
         assert all(torch.equal(layer.y, y) for layer, y in zip(layers, first, strict=True))
-    x[0, 5] = torch.nan
-    run_on_gpu(kernels[name], [x], layers)
+    (inputs.x[0] if inputs.scale is None else inputs.scale)[0] = torch.nan
+    run_on_gpu(kernels[name], inputs.tensors(), layers)
     for layer in layers:
         assert not layer.y[0].isfinite().any()
         assert layer.y[1:].isfinite().all()

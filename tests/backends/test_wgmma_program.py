@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from ternarize.config import Activation
 from tests.backends.hopper_kit import Case, Dtype, assert_compiles, layer_shape, lower
 
 pytest.importorskip("tilelang", reason="TileLang is for Linux")
@@ -35,6 +36,39 @@ PROGRAMS = {
         dtype="float16",
         tile={"BLOCK_M": 64, "ROW_TILES": 1, "WARPGROUPS": 3, "CLUSTER": 8},
     ),
+    "int8, tokens of x at most": Case(
+        M=256,
+        layers=(layer_shape(4096),),
+        K=4096,
+        g=128,
+        activation="int8",
+        tile={"BLOCK_M": 256, "CLUSTER": 2},
+    ),
+    "int8, three layers": Case(
+        M=128,
+        layers=(layer_shape(4096), layer_shape(1024, bias=True), layer_shape(333)),
+        K=4096,
+        g=128,
+        activation="int8",
+        tile={"BLOCK_M": 128, "ROW_TILES": 2, "CLUSTER": 2},
+    ),
+    "int8, groups of 32": Case(
+        M=64,
+        layers=(layer_shape(336, bias=True),),
+        K=1152,
+        g=32,
+        dtype="float16",
+        activation="int8",
+        tile={"BLOCK_M": 64, "ROW_TILES": 1, "WARPGROUPS": 4, "CLUSTER": 8},
+    ),
+    "int8, groups of 64": Case(
+        M=64,
+        layers=(layer_shape(333, bias=True),),
+        K=1216,
+        g=64,
+        activation="int8",
+        tile={"BLOCK_M": 128, "ROW_TILES": 2, "CLUSTER": 4},
+    ),
 }
 
 
@@ -44,7 +78,7 @@ def test_the_program_passes_its_arguments_in_order(name: str, guarded: bool) -> 
     case = PROGRAMS[name]
     source = _lower(case, guarded=guarded)
     call = source[source.rindex("ternarize::linear_wgmma<") :].split(";")[0]
-    expected = ["x_desc", "M", "shared"]
+    expected = ["x_desc", "M", "shared", "scale" if case.activation == "int8" else "0"]
     for i, layer in enumerate(case.layers):
         expected += [f"T_packed_{i}_desc", f"y_{i}_desc" if layer.N % 8 == 0 else "0", str(layer.N), f"E_{i}"]
         expected += [f"E_mantissa_{i}" if layer.mantissa else "0"]
@@ -68,54 +102,70 @@ def test_the_program_compiles(tmp_path: Path, name: str) -> None:
 def _lower(case: Case, *, guarded: bool) -> str:
     from ternarize.backends.tilelang.linear_wgmma import wgmma_program, wgmma_tiles
 
-    (tile,) = (tile for tile in wgmma_tiles(case.layers, case.dtype) if case.tile.items() <= vars(tile).items())
-    return lower(wgmma_program(case.layers, case.K, case.g, case.dtype, guarded=guarded, tile=tile))
+    tiles = wgmma_tiles(case.layers, case.dtype, case.activation)
+    (tile,) = (tile for tile in tiles if case.tile.items() <= vars(tile).items())
+    call = (case.layers, case.K, case.g, case.dtype)
+    return lower(wgmma_program(*call, guarded=guarded, tile=tile, activation=case.activation))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("layer", [layer_shape(64), layer_shape(64, mantissa="int16"), layer_shape(64, planes=3)])
-def test_every_tile_fits(layer: Any, dtype: Dtype) -> None:
+@pytest.mark.parametrize(
+    ("layer", "dtype", "activation"),
+    [
+        (layer_shape(64), "bfloat16", "float"),
+        (layer_shape(64), "float16", "float"),
+        (layer_shape(64, mantissa="int16"), "bfloat16", "float"),
+        (layer_shape(64, planes=3), "bfloat16", "float"),
+        (layer_shape(64, planes=3), "float16", "float"),
+        (layer_shape(64), "bfloat16", "int8"),
+    ],
+)
+def test_every_tile_fits(layer: Any, dtype: Dtype, activation: Activation) -> None:
     from ternarize.backends.tilelang.linear_wgmma import wgmma_tiles
 
-    tiles = list(wgmma_tiles((layer,), dtype))
+    tiles = list(wgmma_tiles((layer,), dtype, activation))
     assert {tile.CLUSTER for tile in tiles} == {1, 2, 4, 8}
     for tile in tiles:
-        assert tile.shared_bytes(layer.planes) <= 227 * 1024
+        assert tile.shared_bytes(layer.planes, activation) <= 227 * 1024
         # Units of 8 tokens and 64 outputs of a warpgroup, which the blocks of a cluster share when they split a tile.
         units = tile.ROW_TILES * tile.BLOCK_M // 8
         own = max(units // tile.CLUSTER, 1)
         assert units % own == 0
         assert units <= own * tile.CLUSTER
         parts_bytes = tile.CLUSTER * own * 128 * tile.WARPGROUPS * 16
-        assert parts_bytes <= tile.STAGES * (tile.stage_bytes(layer.planes) - 16)
+        assert parts_bytes <= tile.STAGES * (tile.stage_bytes(layer.planes, activation) - 16)
         # What a warpgroup stores at once is of one row tile.
         assert tile.BLOCK_M % tile.stored_tokens == 0
 
 
 @pytest.mark.parametrize(
-    ("layers", "K", "g", "dtype"),
+    ("layers", "K", "g", "dtype", "activation"),
     [
-        ((layer_shape(4096),), 4096, 128, "bfloat16"),
-        ((layer_shape(4096), layer_shape(1024), layer_shape(1024)), 4096, 128, "float16"),
-        ((layer_shape(8192, bias=True),), 28672, 128, "bfloat16"),
-        ((layer_shape(1),), 64, 64, "bfloat16"),
-        ((layer_shape(333, planes=3, mantissa="int32"),), 1152, 32, "bfloat16"),
-        ((layer_shape(1000, planes=2),), 8960, 8960, "float16"),
+        ((layer_shape(4096),), 4096, 128, "bfloat16", "float"),
+        ((layer_shape(4096), layer_shape(1024), layer_shape(1024)), 4096, 128, "float16", "float"),
+        ((layer_shape(8192, bias=True),), 28672, 128, "bfloat16", "float"),
+        ((layer_shape(1),), 64, 64, "bfloat16", "float"),
+        ((layer_shape(333, planes=3, mantissa="int32"),), 1152, 32, "bfloat16", "float"),
+        ((layer_shape(1000, planes=2),), 8960, 8960, "float16", "float"),
+        ((layer_shape(4096), layer_shape(1024), layer_shape(1024)), 4096, 128, "bfloat16", "int8"),
+        ((layer_shape(1),), 64, 64, "float16", "int8"),
     ],
 )
-def test_a_tile_is_chosen_for_every_number_of_tokens(layers: tuple[Any, ...], K: int, g: int, dtype: Dtype) -> None:
+def test_a_tile_is_chosen_for_every_number_of_tokens(
+    layers: tuple[Any, ...], K: int, g: int, dtype: Dtype, activation: Activation
+) -> None:
     from ternarize.backends.tilelang.linear_wgmma import choose_wgmma_tile, wgmma_tiles
 
-    tiles = set(wgmma_tiles(layers, dtype))
-    chosen = [choose_wgmma_tile(M, layers, K, g, dtype) for M in (*range(1, 300), *range(300, 9001, 100))]
-    assert tiles.issuperset(chosen)
+    tiles = set(wgmma_tiles(layers, dtype, activation))
+    tokens = (*range(1, 300), *range(300, 9001, 100))
+    assert tiles.issuperset(choose_wgmma_tile(M, layers, K, g, dtype, activation) for M in tokens)
 
 
-def test_tiles_grow_with_the_tokens() -> None:
+@pytest.mark.parametrize("activation", ["float", "int8"])
+def test_tiles_grow_with_the_tokens(activation: Activation) -> None:
     from ternarize.backends.tilelang.linear_wgmma import choose_wgmma_tile
 
     layers = (layer_shape(4096),)
-    few, many = (choose_wgmma_tile(M, layers, 4096, 128, "bfloat16") for M in (16, 4096))
+    few, many = (choose_wgmma_tile(M, layers, 4096, 128, "bfloat16", activation) for M in (16, 4096))
     # Little work is split along K, and much is not.
     assert few.BLOCK_M <= 32
     assert few.CLUSTER > 1

@@ -201,17 +201,30 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def room(x: Tensor, rows: int, sums: bool) -> tuple[int, int]:
-    """How many columns of a strip the workspace has room for, and how many tokens, if sums of those are kept beside.
+def columns_at_once(rows: int, element_size: int, *, sums: bool) -> int:
+    """Columns of a strip that the workspace has room for, a multiple of the unit.
 
     Args:
-        x: whose dtype the weights get, and the number of tokens.
-        rows: of the weight, along the sum.
+        rows: of the strip, along the sum of a product.
+        element_size: bytes of a weight.
         sums: whether float32 sums take half of the workspace.
     """
-    half = WORKSPACE_BYTES // 2 if sums else WORKSPACE_BYTES
-    columns = max(1, half // (rows * x.element_size()) // _UNIT) * _UNIT
-    return columns, max(1, half // (4 * columns)) if sums else x.shape[0]
+    part = WORKSPACE_BYTES // 2 if sums else WORKSPACE_BYTES
+    return max(1, part // (rows * element_size) // _UNIT) * _UNIT
+
+
+def tokens_at_once(tokens: int, columns: int, *, sums: bool) -> int:
+    """How many tokens are multiplied with a strip at a time: all, or equal parts for whose float32 sums there is room.
+
+    Args:
+        tokens: M.
+        columns: of the strip.
+        sums: whether they take half of the workspace.
+    """
+    if not sums:
+        return tokens
+    parts = -(-tokens // max(1, WORKSPACE_BYTES // 2 // (4 * columns)))
+    return -(-tokens // parts)
 
 
 @torch.no_grad()
@@ -230,12 +243,13 @@ def linear(x: Tensor, T_packed: Tensor, E: Tensor, bias: tuple[Tensor, Tensor] |
     """
     (M, K), N = x.shape, T_packed.shape[0]
     added = None if bias is None else dense_bias(*bias)
-    most, tokens = room(x, K, added is not None)
-    step = strip_width(min(M, tokens), N, most, multiprocessors(x.device), _UNIT_OF_ROWS)
+    most = columns_at_once(K, x.element_size(), sums=added is not None)
+    step = min(N, strip_width(M, N, most, multiprocessors(x.device), _UNIT_OF_ROWS))
+    tokens = tokens_at_once(M, step, sums=added is not None)
     T_packed, E = T_packed.contiguous(), E.contiguous()
-    scratch = x.new_empty(min(step, N) * K)
+    scratch = x.new_empty(step * K)
     y = x.new_empty(M, N)
-    sums = None if added is None else x.new_empty(min(M, tokens) * min(step, N), dtype=torch.float32)
+    sums = None if added is None else x.new_empty(tokens * step, dtype=torch.float32)
     with float32_sums():
         for n in strips(N, step):
             W = dequantise(T_packed, E, n, slice(0, K), K, group_size, scratch)
@@ -268,12 +282,13 @@ def grad_input(
     first, K = grad_y[0], in_features
     M, most_rows = first.shape[0], max(gradient.shape[1] for gradient in grad_y)
     several = len(grad_y) > 1
-    most, tokens = room(first, most_rows, several)
-    step = strip_width(min(M, tokens), K, most, multiprocessors(first.device))
+    most = columns_at_once(most_rows, first.element_size(), sums=several)
+    step = min(K, strip_width(M, K, most, multiprocessors(first.device)))
+    tokens = tokens_at_once(M, step, sums=several)
     packed, exponents = [each.contiguous() for each in T_packed], [each.contiguous() for each in E]
-    scratch = first.new_empty(most_rows * min(step, K))
+    scratch = first.new_empty(most_rows * step)
     grad_x = first.new_empty(M, K)
-    sums = first.new_empty(min(M, tokens) * min(step, K), dtype=torch.float32) if several else None
+    sums = first.new_empty(tokens * step, dtype=torch.float32) if several else None
     with float32_sums():
         for k in strips(K, step):
             for m in strips(M, tokens):

@@ -71,6 +71,23 @@ def test_grad_input_in_strips_equals_float64(
     assert_close(grad_x, grad_input("torch", [g.double() for g in grad_y], layers, 520, 128))
 
 
+def test_narrow_layers_take_few_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The workspace has room for many more columns than there are: that must not leave the sums room for few tokens.
+    calls = []
+    monkeypatch.setattr(dense, "dequantise", lambda *_: torch.empty(0))
+    monkeypatch.setattr(dense, "multiply", lambda *_, **__: calls.append(1))
+    monkeypatch.setattr(dense, "multiprocessors", lambda _: 132)
+    M, N, K = 32768, 768, 768
+    grad_y = [torch.empty(M, N, dtype=torch.bfloat16)] * 3
+    packed, E = torch.empty(N, K // 4, dtype=torch.uint8), torch.empty(N, K // 64, dtype=torch.int8)
+    dense.grad_input(grad_y, [packed] * 3, [E] * 3, K, 64)
+    # Of each layer three strips of 256 columns, and the tokens in two parts: float32 sums of all would be 34 MB.
+    assert len(calls) == 3 * 3 * 2
+    calls.clear()
+    dense.linear(torch.empty(M, K, dtype=torch.bfloat16), packed, E, None, 64)
+    assert len(calls) == 3
+
+
 @on_the_cpu_or_a_gpu
 @pytest.mark.parametrize(("exponent", "scale"), [(-126, 2.0**100), (127, 2.0**-110)])
 def test_strips_hold_exponents_at_both_ends(device: str, dtype: torch.dtype, exponent: int, scale: float) -> None:

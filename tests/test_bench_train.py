@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ternarize import TernaryConfig, dequantize
 from ternarize.backends.select import tilelang_trains
+from ternarize.backends.triton import dense
 from ternarize.bench import train_step
 from ternarize.bench.allocations import telling_ctx, weight_sized
 from ternarize.bench.clocks import Laps
@@ -286,9 +287,14 @@ def test_the_tokens_of_a_trace_share_no_factor_with_a_weight() -> None:
 
 def test_allocations_the_size_of_a_float_weight_are_found() -> None:
     allocated = [48 * 32 * 4, 48 * 32 * 4, 16 * 32 * 2, 48 * 32, 48 * 32 * 4 + 1]
-    trace = [{"action": "alloc", "size": size} for size in allocated]
+    trace: list[dict[str, Any]] = [{"action": "alloc", "size": size} for size in allocated]
     trace += [{"action": "free_completed", "size": 48 * 32 * 2}, {"action": "segment_alloc", "size": 48 * 32 * 2}]
-    assert weight_sized(trace, [(48, 32), (16, 32)]) == {"48x32 of 4 bytes": 2, "16x32 of 2 bytes": 1}
+    # A strip of a larger layer.
+    frames = [{"filename": "/src/ternarize/ops.py"}, {"filename": str(Path(dense.__file__))}]
+    trace.append({"action": "alloc", "size": 16 * 32 * 2, "frames": frames})
+    trace.append({"action": "alloc", "size": 16 * 32 * 4, "frames": frames[:1]})
+    found = {"48x32 of 4 bytes": 2, "16x32 of 2 bytes": 1, "16x32 of 4 bytes": 1}
+    assert weight_sized(trace, [(48, 32), (16, 32)]) == found
     assert weight_sized(trace, [(64, 32)]) == {}
 
 

@@ -72,7 +72,7 @@ class Tile:
         return self.BLOCK_M * 256 + self.BLOCK_N * 32 * planes + 16
 
 
-def _tensor_map(buffer: Any, box: tuple[int, ...]) -> Any:
+def tensor_map(buffer: Any, box: tuple[int, ...]) -> Any:
     """A TMA descriptor of a row-major buffer, whose last dimension TMA counts first.
 
     Args:
@@ -135,11 +135,11 @@ def wgmma_program(layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, 
 
     def layer_argument(layer, tensors):
         # TMA stores rows that are a multiple of 16 bytes.
-        y_boxes = _tensor_map(tensors.y, tile.y_box()) if layer.N % 8 == 0 else 0
+        y_boxes = tensor_map(tensors.y, tile.y_box()) if layer.N % 8 == 0 else 0
         return T.call_extern(
             "handle",
             "ternarize::layer",
-            _tensor_map(tensors.T_packed, tile.packed_box(planes)),
+            tensor_map(tensors.T_packed, tile.packed_box(planes)),
             y_boxes,
             layer.N,
             *tensors.pointers(),
@@ -156,7 +156,7 @@ def wgmma_program(layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, 
             T.call_extern(
                 "handle",
                 function,
-                _tensor_map(x, tile.x_box(K, g)),
+                tensor_map(x, tile.x_box(K, g)),
                 x.shape[0],
                 T.access_ptr(shared[0], "rw"),
                 *(layer_argument(layer, tensors) for layer, tensors in zip(layers, buffers, strict=True)),

@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.backends.hopper_kit import (
     Case,
     Operands,
+    TensorMap,
     addresses,
     compile_emulation,
     emulate,
@@ -87,25 +88,6 @@ CASES = {
     ),
     "mantissas of four bytes": WgmmaCase(M=17, layers=(layer_shape(77, mantissa="int32"),), K=448, g=64),
 }
-
-
-class TensorMap(ctypes.Structure):
-    """CUtensorMap of emulated_wgmma.h."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("extents", ctypes.c_int64 * 3),
-        ("box", ctypes.c_int * 3),
-        ("element_bytes", ctypes.c_int),
-        ("swizzle", ctypes.c_int),
-        ("written_by_previous_kernel", ctypes.c_int),
-    )
-
-    @classmethod
-    def of(cls, tensor: Tensor, box: tuple[int, ...], *, written: bool = False) -> "TensorMap":
-        size = tensor.element_size()
-        extents, sizes = ((*reversed(each), 1)[:3] for each in (tensor.shape, box))
-        return cls(tensor.data_ptr(), extents, sizes, size, box[-1] * size, written)
 
 
 def _call(case: WgmmaCase, index: int) -> str:

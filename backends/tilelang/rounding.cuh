@@ -1,0 +1,53 @@
+// Stochastic rounding to small integers: the random numbers of ternarize/philox.py, bit for bit, a floor, and sums of four
+// int8 in a word.
+#include <stdint.h>
+
+namespace ternarize {
+
+// The random bits of one stream of one step of a layer.
+struct Philox {
+  uint32_t key0, key1, step, stream;
+
+  // The four words of a block, ten rounds.
+  __device__ __forceinline__ void block(uint64_t counter, uint32_t (&words)[4]) const {
+    uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = step, c3 = stream;
+    uint32_t k0 = key0, k1 = key1;
+#pragma unroll
+    for (int round = 0; round < 10; ++round) {
+      const uint64_t p0 = static_cast<uint64_t>(c0) * 0xD2511F53u, p1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
+      c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+      c1 = static_cast<uint32_t>(p1);
+      c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+      c3 = static_cast<uint32_t>(p0);
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+    words[0] = c0;
+    words[1] = c1;
+    words[2] = c2;
+    words[3] = c3;
+  }
+};
+
+// floor(value + the uniform number of a word), clamped to -LIMIT and LIMIT. The product with a power of two is exact, so
+// that the sum is rounded once, as in the reference. Added to 1.5 · 2^23, a float32 is rounded to an integer, which then
+// is in the last bits of the sum: the low 16 bits that are returned.
+template <int LIMIT>
+__device__ __forceinline__ uint32_t stochastic_round(float value, uint32_t word) {
+  const float sum = __fmaf_rn(static_cast<float>(word >> 8), 5.9604644775390625e-08f, value);
+  return __float_as_uint(__fadd_rd(fminf(fmaxf(sum, -LIMIT), LIMIT), 12582912.0f));
+}
+
+// The low bytes of four words.
+__device__ __forceinline__ uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
+// Sums of four int8, which stop at -127 and 127: in two halves of two sign-extended bytes each.
+__device__ __forceinline__ uint32_t add_saturating(uint32_t a, uint32_t b) {
+  constexpr uint32_t EVEN = 0xA280, ODD = 0xB391, MOST = 0x007F007F, LEAST = 0xFF81FF81;
+  const uint32_t even = __vmaxs2(__viaddmin_s16x2(__byte_perm(a, 0, EVEN), __byte_perm(b, 0, EVEN), MOST), LEAST);
+  const uint32_t odd = __vmaxs2(__viaddmin_s16x2(__byte_perm(a, 0, ODD), __byte_perm(b, 0, ODD), MOST), LEAST);
+  return __byte_perm(even, odd, 0x6240);
+}
+
+}  // namespace ternarize

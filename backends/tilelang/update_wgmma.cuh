@@ -1,0 +1,232 @@
+// The stage of the rule `factored` on wgmma, for any number of tokens: G = grad_yᵀ · x [N, K] is summed in registers,
+// turned into integers there and added to the stage (ternarize/backends/torch/update.py, whose letters are used here). No
+// float [N, K] is ever written to memory.
+//
+// Work. A tile of G is 128 x 256. One warpgroup loads, ahead by STAGES steps of 64 tokens, of which TMA fills those that
+// do not exist with zeros; two others have 64 rows of the tile each, and nothing that one of them does waits for the
+// other: what is loaded for the next tile lets one multiply while the other rounds. Blocks stay, and take tile after tile.
+// The blocks of a cluster take tiles one below the other: each loads a part of the columns of x, for all of them.
+//
+// Integers. Of 8 columns of its rows r and r + 8, a lane sums two neighbours each. It gives its neighbour two of them and
+// gets two, so that it has four columns of one row, which share a block of random numbers: even lanes of row r, odd
+// lanes of r + 8. Of 32 columns, lanes then exchange bytes to have 16 neighbours to load, add to and store.
+#include <stdint.h>
+
+namespace ternarize {
+
+// Float: __nv_bfloat16 or __half, of grad_y and x. The others: UpdateTile of update_wgmma.py.
+template <typename Float, int STAGES, int CLUSTER, int PANEL, int SHARED_BYTES>
+__device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CUtensorMap& x, int M, int N, int K,
+                                             void* shared, const void* row_factors, const void* col_factors,
+                                             const void* rng, void* stage_bytes, void* row_sums, void* col_sums,
+                                             void* status_words) {
+  constexpr int BLOCK_N = 128, BLOCK_K = 256, BLOCK_M = 64;
+  constexpr int BOX_BYTES = BLOCK_M * 128;  // 64 columns
+  constexpr int GRAD_BYTES = BLOCK_N / 64 * BOX_BYTES, X_BYTES = BLOCK_K / 64 * BOX_BYTES;
+  // CLIP, GRADIENT_STREAM and NONFINITE_GRADIENT of the reference.
+  constexpr int CLIP = 4, GRADIENT_STREAM = 2, NONFINITE_GRADIENT = 2;
+  constexpr float FLOAT32_MAX = 3.402823466e+38f;
+
+  uint8_t* const s_grad = static_cast<uint8_t*>(shared);
+  uint8_t* const s_x = s_grad + STAGES * GRAD_BYTES;
+  float* const s_sums = reinterpret_cast<float*>(s_x + STAGES * X_BYTES);  // [warpgroup][warp][column]
+  uint64_t* const full = reinterpret_cast<uint64_t*>(s_sums + 2 * 4 * BLOCK_K);
+  uint64_t* const empty = full + STAGES;
+  static_assert(STAGES * (GRAD_BYTES + X_BYTES + 16) + 2 * 4 * BLOCK_K * 4 <= SHARED_BYTES);
+
+  const int thread = threadIdx.x % 128, warpgroup = threadIdx.x / 128;
+  const int warp = thread / 32, lane = threadIdx.x % 32;
+  const int rank = blockIdx.x % CLUSTER;
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; ++i) {
+      barrier_init(full + i, 1);
+      barrier_init(empty + i, 2 * 4 * CLUSTER);
+    }
+    barriers_ready();
+  }
+  __syncthreads();
+  if constexpr (CLUSTER > 1) {
+    cluster_arrive();
+    cluster_wait();
+  }
+
+  // Tiles of a cluster, in panels of rows that are taken column by column: those that run together share operands in L2.
+  const int rows = (N + CLUSTER * BLOCK_N - 1) / (CLUSTER * BLOCK_N), columns = (K + BLOCK_K - 1) / BLOCK_K;
+  const int steps = (M + BLOCK_M - 1) / BLOCK_M;
+  int n0, k0;
+  auto locate = [&](int tile) {
+    if (tile >= rows * columns) return false;
+    const int panel = tile / (PANEL * columns), in_panel = tile - panel * (PANEL * columns);
+    const int height = min(PANEL, rows - panel * PANEL);
+    n0 = ((panel * PANEL + in_panel % height) * CLUSTER + rank) * BLOCK_N;
+    k0 = in_panel / height * BLOCK_K;
+    return true;
+  };
+  int stage = 0;
+  uint32_t phase = 0;
+  auto advance = [&] {
+    if (++stage == STAGES) {
+      stage = 0;
+      phase ^= 1;
+    }
+  };
+
+  if (warpgroup == 2) {
+    give_registers<24>();
+    if (thread == 0) {
+      for (int tile = blockIdx.x / CLUSTER; locate(tile); tile += gridDim.x / CLUSTER)
+        for (int step = 0; step < steps; ++step, advance()) {
+          barrier_wait(empty + stage, phase ^ 1);
+          barrier_expect(full + stage, GRAD_BYTES + X_BYTES);
+#pragma unroll
+          for (int i = 0; i < BLOCK_N / 64; ++i)
+            load_box(s_grad + stage * GRAD_BYTES + i * BOX_BYTES, &grad_y, n0 + i * 64, step * BLOCK_M, full + stage);
+          constexpr int SHARE = BLOCK_K / 64 / CLUSTER;
+#pragma unroll
+          for (int i = 0; i < SHARE; ++i) {
+            const int box = rank * SHARE + i;
+            uint8_t* const to = s_x + stage * X_BYTES + box * BOX_BYTES;
+            if constexpr (CLUSTER > 1)
+              load_box_to_cluster<CLUSTER>(to, &x, k0 + box * 64, step * BLOCK_M, full + stage);
+            else
+              load_box(to, &x, k0 + box * 64, step * BLOCK_M, full + stage);
+          }
+        }
+    }
+    __syncwarp();
+  } else {
+    take_registers<240>();
+    const auto* const row_factor = static_cast<const float*>(row_factors);
+    const auto* const col_factor = static_cast<const float*>(col_factors);
+    const auto* const seed_layer_step = static_cast<const int64_t*>(rng);
+    auto* const staged = static_cast<int8_t*>(stage_bytes);
+    auto* const status = static_cast<int*>(status_words);
+    const Philox philox = {static_cast<uint32_t>(seed_layer_step[0]), static_cast<uint32_t>(seed_layer_step[1]),
+                           static_cast<uint32_t>(seed_layer_step[2]),
+                           static_cast<uint32_t>(status[1] + GRADIENT_STREAM)};
+
+    const int quad = lane % 4, group = lane / 4;
+    const bool odd = quad % 2, upper = quad / 2;
+    auto release = [&](int used) {
+      if constexpr (CLUSTER > 1) {
+        if (lane < CLUSTER) barrier_arrive_at_rank(empty + used, lane);
+      } else {
+        if (lane == 0) barrier_arrive(empty + used);
+      }
+    };
+
+    for (int tile = blockIdx.x / CLUSTER; locate(tile); tile += gridDim.x / CLUSTER) {
+      float G[BLOCK_K / 2] = {};
+      int previous = 0;
+      for (int step = 0; step < steps; ++step, advance()) {
+        barrier_wait(full + stage, phase);
+        const uint64_t a = transposed_descriptor<BLOCK_M>(s_grad + stage * GRAD_BYTES + warpgroup * BOX_BYTES);
+        const uint64_t b = transposed_descriptor<BLOCK_M>(s_x + stage * X_BYTES);
+        wgmma_fence();
+#pragma unroll
+        for (int m = 0; m < BLOCK_M; m += 16)
+          wgmma_transposed<Float, BLOCK_K>(G, a + m * 8, b + m * 8, true);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (step > 0) release(previous);
+        previous = stage;
+      }
+      wgmma_wait<0>();
+      keep(G);
+      release(previous);
+
+      // The row that this lane rounds, and its sums of squares of both.
+      const int first_n = n0 + warpgroup * 64 + warp * 16 + group, n = first_n + (odd ? 8 : 0);
+      const float factor = n < N ? row_factor[n] : 0.0f;
+      float squares[2] = {};
+      float* const column_sums = s_sums + (warpgroup * 4 + warp) * BLOCK_K;
+      int8_t* const row = staged + static_cast<int64_t>(n) * K;
+      const uint64_t row_block = static_cast<uint64_t>(n) * (K / 4);
+#pragma unroll
+      for (int c = 0; c < BLOCK_K; c += 32) {
+        const int own = k0 + c + upper * 16;
+        const bool inside = n < N && own < K;
+        uint4 old = {};
+        if (inside) old = *reinterpret_cast<const uint4*>(row + own);
+
+        float sums[8];
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const float g0 = G[(c / 8 + j) * 4 + i], g1 = G[(c / 8 + j) * 4 + 2 + i];
+            squares[0] = __fmaf_rn(g0, g0, squares[0]);
+            squares[1] = __fmaf_rn(g1, g1, squares[1]);
+            sums[2 * j + i] = __fmaf_rn(g1, g1, g0 * g0);
+          }
+        // Over the 8 lanes of a column: each gives half of its sums for half of another's, until it has one.
+#pragma unroll
+        for (int half = 4; half > 0; half /= 2)
+#pragma unroll
+          for (int i = 0; i < half; ++i) {
+            const bool high = group & half;
+            const float given = high ? sums[i] : sums[i + half], kept = high ? sums[i + half] : sums[i];
+            sums[i] = kept + __shfl_xor_sync(0xFFFFFFFFu, given, half * 4);
+          }
+        column_sums[c + group / 2 * 8 + quad * 2 + group % 2] = sums[0];
+
+        uint32_t bytes[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float* const g = G + (c / 8 + j) * 4;
+          const float r0 = __shfl_xor_sync(0xFFFFFFFFu, odd ? g[0] : g[2], 1);
+          const float r1 = __shfl_xor_sync(0xFFFFFFFFu, odd ? g[1] : g[3], 1);
+          const float four[4] = {odd ? r0 : g[0], odd ? r1 : g[1], odd ? g[2] : r0, odd ? g[3] : r1};
+          const int k = k0 + c + j * 8 + upper * 4;
+          const float4 factors = *reinterpret_cast<const float4*>(col_factor + min(k, K - 4));
+          const float columns[4] = {factors.x, factors.y, factors.z, factors.w};
+          uint32_t words[4], u[4];
+          philox.block(row_block + k / 4, words);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) u[i] = stochastic_round<CLIP>(four[i] * factor * columns[i], words[i]);
+          bytes[j] = low_bytes(u[0], u[1], u[2], u[3]);
+        }
+        const uint32_t r0 = __shfl_xor_sync(0xFFFFFFFFu, upper ? bytes[0] : bytes[2], 2);
+        const uint32_t r1 = __shfl_xor_sync(0xFFFFFFFFu, upper ? bytes[1] : bytes[3], 2);
+        if (inside)
+          *reinterpret_cast<uint4*>(row + own) = {add_saturating(old.x, upper ? r0 : bytes[0]),
+                                                  add_saturating(old.y, upper ? bytes[2] : r0),
+                                                  add_saturating(old.z, upper ? r1 : bytes[1]),
+                                                  add_saturating(old.w, upper ? bytes[3] : r1)};
+      }
+
+      // Comparisons with NaN are false. A sum that is not finite may still be one of large squares.
+      if (!(squares[0] <= FLOAT32_MAX && squares[1] <= FLOAT32_MAX)) {
+        bool finite = true;
+#pragma unroll
+        for (int i = 0; i < BLOCK_K / 2; ++i) finite &= fabsf(G[i]) <= FLOAT32_MAX;
+        if (!finite) atomicOr(status, NONFINITE_GRADIENT);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        squares[half] += __shfl_xor_sync(0xFFFFFFFFu, squares[half], 1);
+        squares[half] += __shfl_xor_sync(0xFFFFFFFFu, squares[half], 2);
+      }
+      if (!upper && n < N) static_cast<float*>(row_sums)[static_cast<int64_t>(k0 / BLOCK_K) * N + n] =
+            odd ? squares[1] : squares[0];
+      // Of the four warps, in the order of their rows.
+      named_barrier(1 + warpgroup, 128);
+      const int part = n0 / 64 + warpgroup;
+      for (int c = thread; c < BLOCK_K; c += 128) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int w = 0; w < 4; ++w) sum += s_sums[(warpgroup * 4 + w) * BLOCK_K + c];
+        if (k0 + c < K && part * 64 < N) static_cast<float*>(col_sums)[static_cast<int64_t>(part) * K + k0 + c] = sum;
+      }
+      named_barrier(1 + warpgroup, 128);
+    }
+  }
+  // No block ends while another may still load to it, or arrive at its barriers.
+  if constexpr (CLUSTER > 1) {
+    cluster_arrive();
+    cluster_wait();
+  }
+}
+
+}  // namespace ternarize

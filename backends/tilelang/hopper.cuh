@@ -72,6 +72,13 @@ __device__ __forceinline__ uint32_t three_times_plus(uint32_t a, uint32_t b) {
   return a;
 }
 
+// a · b + c, rounded down, and clamped to 0 and 1.
+__device__ __forceinline__ float fma_down_clamped(float a, float b, float c) {
+  float d;
+  asm("fma.rm.sat.f32 %0, %1, %2, %3;" : "=f"(d) : "f"(a), "f"(b), "f"(c));
+  return d;
+}
+
 // The low 16 bits, a 16-bit float, as the bits of a float32.
 template <typename Float>
 __device__ __forceinline__ uint32_t float_bits(uint32_t word) {

@@ -3,8 +3,9 @@
 // float [N, K] is ever written to memory.
 //
 // Work. A tile of G is 128 x 256. One warpgroup loads, ahead by STAGES steps of 64 tokens, of which TMA fills those that
-// do not exist with zeros; two others have 64 rows of the tile each, and nothing that one of them does waits for the
-// other: what is loaded for the next tile lets one multiply while the other rounds. Blocks stay, and take tile after tile.
+// do not exist with zeros; two others have 64 rows of the tile each. The second waits before its last SKEW steps until the
+// first has begun all of its own: it multiplies while the first rounds, and then the first multiplies again, what is loaded
+// for the next tile, while the second rounds. Blocks stay, and take tile after tile.
 // The blocks of a cluster take tiles one below the other: each loads a part of the columns of x, for all of them.
 //
 // Integers. Of 8 columns of its rows r and r + 8, a lane sums two neighbours each. It gives its neighbour two of them and
@@ -15,7 +16,7 @@
 namespace ternarize {
 
 // Float: __nv_bfloat16 or __half, of grad_y and x. The others: UpdateTile of update_wgmma.py.
-template <typename Float, int STAGES, int CLUSTER, int PANEL, int SHARED_BYTES>
+template <typename Float, int STAGES, int CLUSTER, int PANEL, int SKEW, int SHARED_BYTES>
 __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CUtensorMap& x, int M, int N, int K,
                                              void* shared, const void* row_factors, const void* col_factors,
                                              const void* rng, void* stage_bytes, void* row_sums, void* col_sums,
@@ -25,6 +26,8 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
   constexpr int GRAD_BYTES = BLOCK_N / 64 * BOX_BYTES, X_BYTES = BLOCK_K / 64 * BOX_BYTES;
   // CLIP, GRADIENT_STREAM and NONFINITE_GRADIENT of the reference.
   constexpr int CLIP = 4, GRADIENT_STREAM = 2, NONFINITE_GRADIENT = 2;
+  // Named barriers: 1 and 2 are those of the warpgroups.
+  constexpr int FIRST_IS_DONE = 3;
   constexpr float FLOAT32_MAX = 3.402823466e+38f;
 
   uint8_t* const s_grad = static_cast<uint8_t*>(shared);
@@ -33,6 +36,7 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
   uint64_t* const full = reinterpret_cast<uint64_t*>(s_sums + 2 * 4 * BLOCK_K);
   uint64_t* const empty = full + STAGES;
   static_assert(STAGES * (GRAD_BYTES + X_BYTES + 16) + 2 * 4 * BLOCK_K * 4 <= SHARED_BYTES);
+  static_assert(SKEW <= STAGES);
 
   const int thread = threadIdx.x % 128, warpgroup = threadIdx.x / 128;
   const int warp = thread / 32, lane = threadIdx.x % 32;
@@ -76,6 +80,7 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
     give_registers<24>();
     if (thread == 0) {
       for (int tile = blockIdx.x / CLUSTER; locate(tile); tile += gridDim.x / CLUSTER)
+#pragma unroll 1
         for (int step = 0; step < steps; ++step, advance()) {
           barrier_wait(empty + stage, phase ^ 1);
           barrier_expect(full + stage, GRAD_BYTES + X_BYTES);
@@ -102,10 +107,11 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
     const auto* const seed_layer_step = static_cast<const int64_t*>(rng);
     auto* const staged = static_cast<int8_t*>(stage_bytes);
     auto* const status = static_cast<int*>(status_words);
-    const Philox philox = {static_cast<uint32_t>(seed_layer_step[0]), static_cast<uint32_t>(seed_layer_step[1]),
-                           static_cast<uint32_t>(seed_layer_step[2]),
-                           static_cast<uint32_t>(status[1] + GRADIENT_STREAM)};
+    const Philox philox(static_cast<uint32_t>(seed_layer_step[0]), static_cast<uint32_t>(seed_layer_step[1]),
+                        static_cast<uint32_t>(seed_layer_step[2]), static_cast<uint32_t>(status[1] + GRADIENT_STREAM));
 
+    // Of a tile with fewer steps the first warpgroup could be at the end of the next before the second waits for it.
+    const bool skewed = steps > STAGES;
     const int quad = lane % 4, group = lane / 4;
     const bool odd = quad % 2, upper = quad / 2;
     auto release = [&](int used) {
@@ -118,8 +124,15 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
 
     for (int tile = blockIdx.x / CLUSTER; locate(tile); tile += gridDim.x / CLUSTER) {
       float G[BLOCK_K / 2] = {};
-      int previous = 0;
+      int previous = -1;
+#pragma unroll 1
       for (int step = 0; step < steps; ++step, advance()) {
+        if (SKEW > 0 && warpgroup == 1 && step == steps - SKEW && skewed) {
+          wgmma_wait<0>();
+          release(previous);
+          previous = -1;
+          named_barrier(FIRST_IS_DONE, 256);
+        }
         barrier_wait(full + stage, phase);
         const uint64_t a = transposed_descriptor<BLOCK_M>(s_grad + stage * GRAD_BYTES + warpgroup * BOX_BYTES);
         const uint64_t b = transposed_descriptor<BLOCK_M>(s_x + stage * X_BYTES);
@@ -129,9 +142,10 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
           wgmma_transposed<Float, BLOCK_K>(G, a + m * 8, b + m * 8, true);
         wgmma_commit();
         wgmma_wait<1>();
-        if (step > 0) release(previous);
+        if (previous >= 0) release(previous);
         previous = stage;
       }
+      if (SKEW > 0 && warpgroup == 0 && skewed) named_barrier_arrive(FIRST_IS_DONE, 256);
       wgmma_wait<0>();
       keep(G);
       release(previous);

@@ -34,6 +34,8 @@ class UpdateTile:
     """Blocks that share what they load of x: 1, 2 or 4."""
     PANEL: int
     """Rows of tiles, of a cluster each, that are taken together, column by column."""
+    SKEW: int
+    """Steps that one warpgroup has left when the other begins to round: 0 to STAGES."""
 
     @property
     def shared_bytes(self) -> int:

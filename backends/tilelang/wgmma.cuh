@@ -88,6 +88,10 @@ __device__ __forceinline__ void fence_for_tma() { asm volatile("fence.proxy.asyn
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+// Counts this warp among those that a named_barrier waits for, and goes on.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 // Registers of a thread, taken from or given to the others of its block; by all threads of a warpgroup.
 template <int COUNT>

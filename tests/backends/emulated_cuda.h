@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cfenv>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -99,12 +100,13 @@ struct Barrier {
   explicit Barrier(int threads) : threads(threads) {}
   void arrive_and_wait(const char* what = "a barrier") {
     const int mine = phase;
-    if (++arrived == threads) {
-      arrived = 0;
-      ++phase;
-    } else {
-      wait_until(what, [this, mine] { return phase != mine; });
-    }
+    arrive();
+    if (phase == mine) wait_until(what, [this, mine] { return phase != mine; });
+  }
+  void arrive() {
+    if (++arrived < threads) return;
+    arrived = 0;
+    ++phase;
   }
   int threads, arrived = 0, phase = 0;
 };
@@ -263,11 +265,14 @@ inline void __syncwarp() { emulated::warp().barrier.arrive_and_wait("__syncwarp"
 inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
 inline uint32_t __float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-// Rounded towards minus infinity.
-inline float __fadd_rd(float a, float b) {
-  const double sum = static_cast<double>(a) + b;
-  const float nearest = static_cast<float>(sum);
-  return nearest > sum ? std::nextafterf(nearest, -INFINITY) : nearest;
+// Rounded down.
+inline float __fmaf_rd(float a, float b, float c) {
+  const int before = std::fegetround();
+  std::fesetround(FE_DOWNWARD);
+  volatile float x = a, y = b, z = c;
+  volatile float result = std::fma(x, y, z);
+  std::fesetround(before);
+  return result;
 }
 // Bit 3 of a selector: its sign eight times, in place of the byte.
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {

@@ -58,6 +58,8 @@ inline float load_scale(const float* address) {
   return *address;
 }
 
+inline float fma_down_clamped(float a, float b, float c) { return min(max(__fmaf_rd(a, b, c), 0.0f), 1.0f); }
+
 template <typename Float>
 uint32_t float_bits(uint32_t word) {
   return std::bit_cast<uint32_t>(static_cast<float>(std::bit_cast<Float>(static_cast<uint16_t>(word))));

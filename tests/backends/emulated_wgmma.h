@@ -223,6 +223,11 @@ inline void named_barrier(int id, int threads) {
   barrier.threads = threads;
   barrier.arrive_and_wait("named_barrier");
 }
+inline void named_barrier_arrive(int id, int threads) {
+  auto& barrier = emulated::block().named_barriers[id];
+  barrier.threads = threads;
+  barrier.arrive();
+}
 
 template <int COUNT>
 void take_registers() {}

@@ -31,19 +31,21 @@ class UpdateCase:
     STAGES: int = 2
     CLUSTER: int = 1
     PANEL: int = 2
+    SKEW: int = 0
 
     def tile(self) -> Any:
         from ternarize.backends.tilelang.update_wgmma import UpdateTile
 
-        return UpdateTile(STAGES=self.STAGES, CLUSTER=self.CLUSTER, PANEL=self.PANEL)
+        return UpdateTile(STAGES=self.STAGES, CLUSTER=self.CLUSTER, PANEL=self.PANEL, SKEW=self.SKEW)
 
 
 CASES = {
     "one token": UpdateCase(M=1, N=8, K=16),
     "one tile": UpdateCase(M=130, N=128, K=256, dtype="float16", STAGES=4),
     "several tiles": UpdateCase(M=70, N=200, K=528),
+    "several tiles, skewed": UpdateCase(M=300, N=200, K=528, STAGES=3, SKEW=2),
     "several tiles, two blocks": UpdateCase(M=70, N=264, K=272, dtype="float16", clusters=2, STAGES=3, PANEL=1),
-    "cluster of two": UpdateCase(M=150, N=328, K=304, CLUSTER=2),
+    "cluster of two": UpdateCase(M=150, N=328, K=304, CLUSTER=2, SKEW=2),
     "cluster of two, one row": UpdateCase(M=64, N=72, K=512, CLUSTER=2, dtype="float16"),
     "cluster of four": UpdateCase(M=65, N=456, K=80, CLUSTER=4),
 }

@@ -43,6 +43,8 @@ class Facts:
     """Of each layer, the dtype of E_mantissa, or None; of a call that takes no mantissas, empty."""
     rule: str = ""
     """Of an update."""
+    trains_exponents: bool = False
+    """Whether an update of `update_stage` or `update_apply` is also one of E."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,13 @@ class Choice:
 
     backend: str
     reason: str
+
+
+#: Position of the tensors that an update has for exponents: stage_E or E_accum.
+_EXPONENTS = {"update_stage": 7, "update_apply": 6}
+
+#: Ops of training graphs that have TileLang kernels, behind their gate.
+_TILELANG_TRAINING = (*LINEAR_STEM.values(), "update_stage", "update_apply")
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
@@ -80,6 +89,7 @@ def facts_of(stem: str, args: Sequence[Any]) -> Facts:
         group_size=group_size,
         mantissas=tuple(None if m is None else m.dtype for m in mantissas),
         rule=args[-1] if stem.startswith("update") else "",
+        trains_exponents=stem in _EXPONENTS and len(args[_EXPONENTS[stem]]) > 0,
     )
 
 
@@ -117,8 +127,9 @@ def choose(stem: str, phase: Phase, facts: Facts, policy: Kernels, *, tilelang: 
                 "kernels=tilelang covers inference graphs only, and this is a training graph: use auto, or set "
                 "TERNARIZE_TILELANG_TRAINING=1"
             )
-        # TileLang has no kernels for the backward yet: the gate opens its forward.
-        policy = "tilelang" if stem in LINEAR_STEM.values() else "triton"
+        if stem not in _TILELANG_TRAINING:
+            other = _choose(stem, phase, facts, "auto", tilelang)
+            return Choice(other.backend, f"there is no TileLang kernel for {stem}; {other.reason}")
     return _choose(stem, phase, facts, policy, tilelang)
 
 

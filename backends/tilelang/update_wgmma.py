@@ -104,3 +104,8 @@ def update_program(dtype: Dtype, tile: UpdateTile) -> Any:
             )
 
     return ternary_update_wgmma
+
+
+def choose_update_tile(N: int) -> UpdateTile:
+    """How the work of a layer of N rows is shared out: two blocks share x if there is a second row of tiles."""
+    return UpdateTile(STAGES=4, CLUSTER=2 if N > BLOCK_N else 1, PANEL=8, SKEW=3)

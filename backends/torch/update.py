@@ -10,7 +10,8 @@ Rules
               Stern, 2018, arXiv:1804.04235) with r, c of the previous steps; then an integer momentum and an integer
               accumulator whose remainder is carried. docs/training.md states it and how its constants were found.
     sign      u = sign(G); the accumulator counts votes, a trit steps at the threshold and its accumulator returns to 0.
-SR is stochastic rounding, floor(v + uniform), with the counter-based numbers of `ternarize.philox`.
+SR is stochastic rounding, floor(v + uniform), with the counter-based bits of `ternarize.philox`. What is rounded is an
+int32 in units of 2^-16, and so is all of a commit: devices cannot disagree about it.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ternarize.packing import E_MAX, E_MIN, groups_per_row, pack, row_strips, unpack
-from ternarize.philox import ACCUMULATOR_STREAM, GRADIENT_STREAM, MOMENTUM_STREAM, uniform
+from ternarize.philox import FRACTION_BITS, commit_bits, gradient_bits, round_off, to_fixed
 
 #: Bits of status[0].
 NONFINITE_OUTPUT, NONFINITE_GRADIENT, NONFINITE_LOSS = 1, 2, 4
@@ -27,7 +28,15 @@ NONFINITE_OUTPUT, NONFINITE_GRADIENT, NONFINITE_LOSS = 1, 2, 4
 #: row_log2 and col_log2 before the first step.
 NO_STATISTICS = -(2**15)
 
-MOMENTUM_DECAY, STATISTICS_DECAY, CLIP = 0.9, 0.95, 4.0
+STATISTICS_DECAY, CLIP = 0.95, 4.0
+
+#: 1 in fixed point, and what a step keeps of a momentum: 0.9 of it, to 16 bits.
+ONE = 2**FRACTION_BITS
+MOMENTUM_KEPT = round(0.9 * ONE)
+
+#: The largest step in fixed point: an int8 times it, plus an int8 times `ONE`, is an int32. Of any accumulator a unit
+#: of half of it makes a trit step.
+MAX_STEP = 2**24 - 1
 
 #: theta, S and M_max of the two forms of `factored` (docs/training.md).
 FORMS = {"int8": (127, 64, 127), "int4": (7, 4, 7)}
@@ -80,15 +89,13 @@ def update_stage(
         rows_first = gradient.reshape(-1, gradient.shape[-1]).to(accumulate).t()
         if rule == "factored":
             row_factor, col_factor = normalisers(row_log2[i], col_log2[i])
-        stream = GRADIENT_STREAM + status[i][1]
         for rows in row_strips(stage[i].shape[0], in_features):
             G = (rows_first[rows] @ inputs).to(torch.float32)
             status[i][0] |= (~torch.isfinite(G).all()).to(torch.int32) * NONFINITE_GRADIENT
             G = torch.nan_to_num(G, 0.0, 0.0, 0.0)
             if rule == "factored":
-                # Clamped after rounding: 4 plus a uniform number just below 1 rounds to 5 in float32.
-                z = G * row_factor[rows, None] * col_factor
-                u = torch.floor(z + uniform(rng[i], stream, rows, in_features)).clamp(-CLIP, CLIP)
+                z = (G * row_factor[rows, None] * col_factor).clamp(-CLIP, CLIP)
+                u = round_off(to_fixed(z), gradient_bits(rng[i], status[i][1], rows, in_features))
                 square = G.square()
                 stage_row[i][rows] += square.sum(1)
                 stage_col[i] += square.sum(0)
@@ -140,13 +147,14 @@ def update_commit(
     for rows in row_strips(T_accum.shape[0], in_features):
         T = unpack(T_packed[rows], in_features, group_size).to(torch.int32)
         old_momentum = None if T_momentum is None else T_momentum[rows]
-        rounding = uniform(rng, ACCUMULATOR_STREAM, rows, in_features)
+        for_momentum, for_accum = commit_bits(rng, rows, in_features)
+        staged = stage[rows].to(torch.int32)
         if rule == "factored":
-            u = stage[rows].to(torch.float32) * torch.reciprocal(count.clamp_min(1).to(torch.float32))
-            momentum_rounding = uniform(rng, MOMENTUM_STREAM, rows, in_features)
-            new_T, accum, momentum = factored_rule(T, T_accum[rows], old_momentum, u, lr, momentum_rounding, rounding)
+            new_T, accum, momentum = factored_rule(
+                T, T_accum[rows], old_momentum, staged, count, lr, for_momentum, for_accum
+            )
         else:
-            new_T, accum = sign_rule(T, T_accum[rows], stage[rows], lr, threshold, rounding)
+            new_T, accum = sign_rule(T, T_accum[rows], staged, lr, threshold, for_accum)
             momentum = None
         T_packed[rows] = torch.where(active, pack(new_T.to(torch.int8), group_size), T_packed[rows])
         T_accum[rows] = torch.where(active, accum, T_accum[rows])
@@ -241,11 +249,17 @@ def commit_groups_and_vectors(
             staged.zero_()
 
 
+def fixed_step(lr: Tensor, unit: float) -> Tensor:
+    """lr · unit in units of 2^-16, at most `MAX_STEP`: int32."""
+    return torch.floor(lr * unit * ONE + 0.5).clamp_max(MAX_STEP).to(torch.int32)
+
+
 def factored_rule(
     T: Tensor,
     T_accum: Tensor,
     T_momentum: Tensor | None,
-    u: Tensor,
+    staged: Tensor,
+    count: Tensor,
     lr: Tensor,
     for_momentum: Tensor,
     for_accum: Tensor,
@@ -256,9 +270,10 @@ def factored_rule(
         T: int32 trits.
         T_accum: int8; without T_momentum, accumulator and momentum in its low and high nibble.
         T_momentum: int8 or None.
-        u: float32, the staged integers over the number of micro-batches.
+        staged: int32, the sum of u.
+        count: int32 scalar, over how many micro-batches.
         lr: float32 [1], fraction of a trit per unit of momentum.
-        for_momentum: float32 uniform numbers.
+        for_momentum: int32, 16 random bits each.
         for_accum: likewise.
 
     Returns:
@@ -266,30 +281,31 @@ def factored_rule(
     """
     theta, unit, limit = FORMS["int4" if T_momentum is None else "int8"]
     if T_momentum is None:
-        accum, momentum = ((T_accum << 4) >> 4).to(torch.float32), (T_accum >> 4).to(torch.float32)
+        accum, momentum = ((T_accum << 4) >> 4).to(torch.int32), (T_accum >> 4).to(torch.int32)
     else:
-        accum, momentum = T_accum.to(torch.float32), T_momentum.to(torch.float32)
-    momentum = momentum + torch.floor((u * unit - momentum) * (1 - MOMENTUM_DECAY) + for_momentum)
-    momentum = momentum.clamp(-limit, limit)
-    accum = (accum - torch.floor(momentum * (lr * (2 * theta / unit)) + for_accum)).to(torch.int32)
+        accum, momentum = T_accum.to(torch.int32), T_momentum.to(torch.int32)
+    # To nearest.
+    pull = (2 * unit * (ONE - MOMENTUM_KEPT) + count) // (2 * count.clamp_min(1))
+    momentum = round_off(momentum * MOMENTUM_KEPT + staged * pull, for_momentum).clamp(-limit, limit)
+    accum = round_off(accum * ONE - momentum * fixed_step(lr, 2 * theta / unit), for_accum)
     # With nibbles a step needs more than theta: else every weight on the boundary toggles.
     bar = theta + 1 if T_momentum is None else theta
     new_T = (T + (accum >= bar).to(torch.int32) - (accum <= -bar).to(torch.int32)).clamp(-1, 1)
     accum = (accum - 2 * theta * (new_T - T)).clamp(-theta, theta)
     if T_momentum is None:
-        return new_T, ((accum & 15) | (momentum.to(torch.int32) << 4)).to(torch.int8), None
+        return new_T, ((accum & 15) | (momentum << 4)).to(torch.int8), None
     return new_T, accum.to(torch.int8), momentum.to(torch.int8)
 
 
 def sign_rule(
-    T: Tensor, T_accum: Tensor, votes: Tensor, lr: Tensor, threshold: int, rounding: Tensor
+    T: Tensor, T_accum: Tensor, votes: Tensor, lr: Tensor, threshold: int, for_accum: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One step of `sign` for a strip: T_accum loses SR(lr · votes), steps a trit at the threshold and returns to 0.
 
     Returns:
         New trits (int32) and T_accum (int8).
     """
-    accum = T_accum.to(torch.int32) - torch.floor(votes.to(torch.float32) * lr + rounding).to(torch.int32)
+    accum = round_off(T_accum.to(torch.int32) * ONE - votes * fixed_step(lr, 1.0), for_accum)
     step = (accum >= threshold).to(torch.int32) - (accum <= -threshold).to(torch.int32)
     return (T + step).clamp(-1, 1), accum.masked_fill(step != 0, 0).clamp(-127, 127).to(torch.int8)
 

@@ -7,7 +7,6 @@ rounding follows, and a CPU and a GPU have to agree about it.
 """
 
 import functools
-import math
 from collections.abc import Sequence
 
 import torch
@@ -17,27 +16,64 @@ from torch import Tensor
 
 from ternarize.backends.torch import update as reference
 from ternarize.backends.triton import update_tma
-from ternarize.backends.triton.packed import tiling
-from ternarize.backends.triton.rounding import (
-    add_uniform,
-    clamp,
-    floor,
-    floor_to_int,
-    random_bits,
-    to_int,
-    words_together,
-)
+from ternarize.backends.triton.packed import multiprocessors
+from ternarize.backends.triton.rounding import clamp, commit_words, commit_words_apart, load_key, round_off
 from ternarize.backends.triton.update_plain import stage_anywhere
 from ternarize.backends.triton.update_vectors import commit_vectors, finish_stage, normalisers
-from ternarize.philox import ACCUMULATOR_STREAM, MOMENTUM_STREAM
+from ternarize.packing import ROW
 
-#: Packed bytes of a tile of a commit, and neighbouring weights that a thread loads at once. As many as 4 share a block
-#: of random numbers, which then stays in the thread that drew it; with 16, loads are wider and the numbers change
-#: threads through shared memory. No fewer bytes than threads: holders of a copy could read what another has stepped.
-COMMIT_BYTES, COMMIT_RUN = 1024, 4
+#: Runs that a program of a commit takes at a time, its warps, a run a thread, and programs a multiprocessor.
+COMMIT_RUNS, COMMIT_WARPS, COMMIT_PROGRAMS = 128, 4, 10
 
-_MOMENTUM_STREAM = tl.constexpr(MOMENTUM_STREAM)
-_ACCUMULATOR_STREAM = tl.constexpr(ACCUMULATOR_STREAM)
+#: Neighbouring packed bytes of a thread. Their weights are four words, a quarter of a group apart, and each word's four
+#: share a block of random numbers. More would load wider, and no code that long stays in an SM's instruction cache.
+_RUN = tl.constexpr(4)
+
+_ONE = tl.constexpr(reference.ONE)
+_MOMENTUM_KEPT = tl.constexpr(reference.MOMENTUM_KEPT)
+_MAX_STEP = tl.constexpr(reference.MAX_STEP)
+
+
+@triton.jit
+def step_factored(
+    T: tl.tensor,
+    staged: tl.tensor,
+    accum: tl.tensor,
+    momentum: tl.tensor,
+    words: tl.tensor,
+    pull: tl.tensor,
+    step: tl.tensor,
+    bar: tl.tensor,
+    theta: tl.tensor,
+    limit: tl.tensor,
+) -> tl.tuple:
+    """`reference.factored_rule`: new trits, accumulators and momenta, all int32 as what is given."""
+    for_momentum, for_accum = (words & 0xFFFF).to(tl.int32), (words >> 16).to(tl.int32)
+    momentum = clamp(round_off(momentum * _MOMENTUM_KEPT + staged * pull, for_momentum), limit)
+    accum = round_off(accum * _ONE - momentum * step, for_accum)
+    moved = clamp(T + (accum >= bar).to(tl.int32) - (accum <= -bar).to(tl.int32), 1)
+    return moved, clamp(accum - 2 * theta * (moved - T), theta), momentum
+
+
+@triton.jit
+def step_sign(
+    T: tl.tensor, staged: tl.tensor, accum: tl.tensor, words: tl.tensor, step: tl.tensor, bar: tl.tensor
+) -> tl.tuple:
+    """`reference.sign_rule`: new trits and accumulators, all int32 as what is given."""
+    accum = round_off(accum * _ONE - staged * step, (words >> 16).to(tl.int32))
+    turn = (accum >= bar).to(tl.int32) - (accum <= -bar).to(tl.int32)
+    return clamp(T + turn, 1), clamp(tl.where(turn != 0, 0, accum), 127)
+
+
+@triton.jit
+def load_quarters(plane: tl.tensor, at: tl.tensor, inside: tl.tensor) -> tl.tuple:
+    """The weights of the lowest codes of some bytes of a plane, of the next and so on: int8, four times."""
+    return (
+        tl.load(plane + at[0], mask=inside[0], other=0),
+        tl.load(plane + at[1], mask=inside[1], other=0),
+        tl.load(plane + at[2], mask=inside[2], other=0),
+        tl.load(plane + at[3], mask=inside[3], other=0),
+    )
 
 
 @triton.jit
@@ -50,90 +86,93 @@ def commit_kernel(
     status: tl.tensor,
     refuse: tl.tensor,
     lr: tl.tensor,
-    step: tl.tensor,
+    rate: tl.tensor,
     bar: tl.tensor,
     theta: tl.tensor,
     unit: tl.tensor,
     limit: tl.tensor,
-    gain: tl.tensor,
     N: tl.tensor,
     K: tl.tensor,
     group_size: tl.tensor,
-    chunks: tl.tensor,
-    tiles: tl.tensor,
     FACTORED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    WORDS_TOGETHER: tl.constexpr,
+    RUNS: tl.constexpr,
+    QUARTER: tl.constexpr,
 ) -> None:
-    """One tile, BLOCK_C packed bytes of BLOCK_N rows: clears its stage and, unless refused, steps its integers.
+    """Clears a layer's stage and, unless refused, steps its integers, RUNS runs of packed bytes at a time.
 
-    ``step`` times the learning rate is what an accumulator loses for a unit of momentum (`factored`) or for a vote
-    (`sign`), and ``bar`` where a trit steps; theta, unit and limit are those of `FORMS`, gain is 1 - MOMENTUM_DECAY.
-    The first weights of all bytes are stepped together, then the second and so on: each is a run of neighbours, that so
-    many bytes are loaded at once as ALIGNED says. 1: a group may end within the tile.
+    ``rate`` times the learning rate is what an accumulator loses for a unit of momentum (`factored`) or for a vote
+    (`sign`), and ``bar`` where a trit steps; theta, unit and limit are those of `FORMS`. QUARTER is a quarter of the
+    group size if no run spans two groups or rows, and 0 if one may.
+
+    The compiler moves no load over a store or out of a loop. So what all weights share is loaded once, by few programs:
+    an L2 cache gives the same line to one multiprocessor after the other, and many small programs would wait for it.
     """
-    step *= tl.load(lr)
-    n = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    tile = tl.program_id(0) % tiles
-    group = tile // chunks
-    place = tile % chunks * BLOCK_C + tl.arange(0, BLOCK_C)
-    rows = (n < N)[:, None]
-    if ALIGNED > 1:
-        size, bytes_a_row = group_size, tl.multiple_of(K // 4, ALIGNED)
-        quarter = tl.multiple_of(group_size // 4, ALIGNED)
-        start, byte = tl.multiple_of(group * group_size, ALIGNED), tl.multiple_of(group * quarter, ALIGNED) + place
-        in_bytes = rows
-    else:
-        size, bytes_a_row = tl.minimum(group_size, K - group * group_size), (K + 3) // 4
-        quarter = (size + 3) // 4
-        start, byte = group * group_size, group * (group_size // 4) + place
-        in_bytes = rows & (place < quarter)[None, :]
-    packed = T_packed + n.to(tl.int64)[:, None] * bytes_a_row + byte[None, :]
-    codes = tl.load(packed, mask=in_bytes, other=0).to(tl.int32)
-    moved_codes = tl.zeros_like(codes)
-    count = tl.load(status + 1)
+    column = tl.arange(0, _RUN)[None, :]
+    count, key, loss = tl.load(status + 1), load_key(rng), tl.load(lr) * rate
     active = (tl.load(refuse) == 0) & (count > 0)
-    # unit is a power of two: the mean times unit, as the reference has it, is the same.
-    mean = tl.div_rn(1.0, tl.maximum(count, 1).to(tl.float32)) * unit
-    for i in tl.static_range(4):
-        k = start + i * quarter + place
-        inside = rows if ALIGNED > 1 else in_bytes & (i * quarter + place < size)[None, :]
-        at = n.to(tl.int64)[:, None] * K + k[None, :]
-        staged = tl.load(stage + at, mask=inside, other=0).to(tl.float32)
-        tl.store(stage + at, tl.zeros((BLOCK_N, BLOCK_C), tl.int8), mask=inside)
+    step = tl.minimum(tl.floor(loss * _ONE + 0.5), _MAX_STEP).to(tl.int32)
+    pull = (2 * unit * (_ONE - _MOMENTUM_KEPT) + count) // (2 * tl.maximum(count, 1))
+    runs = tl.cdiv(N * tl.cdiv(K, 4), _RUN)
+    for first_run in range(tl.program_id(0) * RUNS, runs, tl.num_programs(0) * RUNS):
+        run = first_run + tl.arange(0, RUNS)
+        byte = (run.to(tl.int64) * _RUN)[:, None] + column
+        if QUARTER > 0:
+            group, in_group = run // (QUARTER // _RUN), run % (QUARTER // _RUN) * _RUN
+            # The first weight of a run, and weights from a quarter to the next.
+            start, quarter = group.to(tl.int64) * (4 * QUARTER) + in_group, QUARTER
+            first = start[:, None] + column
+            there = (run < runs)[:, None]
+            inside = (there, there, there, there)
+        else:
+            bytes_a_row, bytes_a_group = tl.cdiv(K, 4), tl.cdiv(group_size, 4)
+            n, in_row = byte // bytes_a_row, byte % bytes_a_row
+            group, in_group = in_row // bytes_a_group, in_row % bytes_a_group
+            size = tl.minimum(group_size, K - group * group_size)
+            quarter = (size + 3) // 4
+            first_k = group * group_size + in_group
+            first, there = n * K + first_k, n < N
+            inside = (
+                there & (in_group < size),
+                there & (quarter + in_group < size),
+                there & (2 * quarter + in_group < size),
+                there & (3 * quarter + in_group < size),
+            )
+        at = (first, first + quarter, first + 2 * quarter, first + 3 * quarter)
+        codes = tl.load(T_packed + byte, mask=there, other=0).to(tl.int32)
+        staged = load_quarters(stage, at, inside)
+        accum = load_quarters(T_accum, at, inside)
+        momentum = accum
+        if T_momentum is not None:
+            momentum = load_quarters(T_momentum, at, inside)
         if active:
-            # Two shifts sign-extend a 2-bit code: it is two's complement.
-            T = (codes << (30 - 2 * i)) >> 30
-            state = tl.load(T_accum + at, mask=inside, other=0).to(tl.int32)
-            bits = random_bits(rng, tl.full((), _ACCUMULATOR_STREAM, tl.int32), n, k, K, WORDS_TOGETHER)
-            if FACTORED:
-                if T_momentum is None:
-                    accum, momentum = (state << 28) >> 28, (state >> 4).to(tl.float32)
+            moved_codes = tl.zeros_like(codes)
+            for i in tl.static_range(4):
+                # Two shifts sign-extend a 2-bit code: it is two's complement.
+                T = (codes << (30 - 2 * i)) >> 30
+                old, votes = accum[i].to(tl.int32), staged[i].to(tl.int32)
+                if QUARTER > 0:
+                    words = commit_words(key, start // 4 + i * (QUARTER // 4))
                 else:
-                    accum = state
-                    momentum = tl.load(T_momentum + at, mask=inside, other=0).to(tl.float32)
-                more_bits = random_bits(rng, tl.full((), _MOMENTUM_STREAM, tl.int32), n, k, K, WORDS_TOGETHER)
-                momentum += floor(add_uniform((staged * mean - momentum) * gain, more_bits))
-                momentum = clamp(momentum, limit)
-                accum -= floor_to_int(add_uniform(momentum * step, bits))
-                moved = clamp(T + (accum >= bar).to(tl.int32) - (accum <= -bar).to(tl.int32), 1)
-                accum = clamp(accum - 2 * theta * (moved - T), theta)
-                if T_momentum is None:
-                    accum = (accum & 15) | (to_int(momentum) << 4)
+                    k = first_k + i * quarter
+                    words = commit_words_apart(key, n * tl.cdiv(K, 4) + k // 4, k % 4)
+                if FACTORED:
+                    if T_momentum is None:
+                        old, m = (old << 28) >> 28, old >> 4
+                    else:
+                        m = momentum[i].to(tl.int32)
+                    moved, new, m = step_factored(T, votes, old, m, words, pull, step, bar, theta, limit)
+                    if T_momentum is None:
+                        new = (new & 15) | (m << 4)
+                    else:
+                        tl.store(T_momentum + at[i], m.to(tl.int8), mask=inside[i])
                 else:
-                    tl.store(T_momentum + at, to_int(momentum).to(tl.int8), mask=inside)
-            else:
-                accum = state - floor_to_int(add_uniform(staged * step, bits))
-                turn = (accum >= bar).to(tl.int32) - (accum <= -bar).to(tl.int32)
-                moved = clamp(T + turn, 1)
-                accum = clamp(tl.where(turn != 0, 0, accum), 127)
-            tl.store(T_accum + at, accum.to(tl.int8), mask=inside)
-            code = moved & 3 if ALIGNED > 1 else tl.where(inside, moved & 3, 0)
-            moved_codes |= code << (2 * i)
-    if active:
-        tl.store(packed, moved_codes.to(tl.uint8), mask=in_bytes)
+                    moved, new = step_sign(T, votes, old, words, step, bar)
+                tl.store(T_accum + at[i], new.to(tl.int8), mask=inside[i])
+                code = moved & 3 if QUARTER > 0 else tl.where(inside[i], moved & 3, 0)
+                moved_codes |= code << (2 * i)
+            tl.store(T_packed + byte, moved_codes.to(tl.uint8), mask=there)
+        for i in tl.static_range(4):
+            tl.store(stage + at[i], tl.zeros((RUNS, _RUN), tl.int8), mask=inside[i])
 
 
 def update_stage(
@@ -169,11 +208,10 @@ def update_stage(
             finish_stage(status[i], (stage_row[i], stage_col[i]) if factors is not None else None, parts)
 
 
-def alignment(size: int, in_features: int, BLOCK_C: int) -> int:
-    """ALIGNED of `commit_kernel`: bytes of an aligned run of weights, if every tile of groups of ``size`` is full."""
-    if in_features % size or size % (4 * BLOCK_C):
-        return 1
-    return math.gcd(size // 4, COMMIT_RUN)
+def quarter_of(in_features: int, group_size: int) -> int:
+    """QUARTER of `commit_kernel`."""
+    size = in_features if group_size == ROW else group_size
+    return 0 if in_features % size or size % (4 * _RUN.value) else size // 4
 
 
 def update_commit(
@@ -199,14 +237,13 @@ def update_commit(
 ) -> None:
     """Apply and clear the stage of one layer; change nothing else if ``refuse`` is set or nothing is staged."""
     N, K = T_accum.shape
-    size, chunks, tiles, BLOCK_C = tiling(K, group_size)
     theta, unit, limit = reference.FORMS["int4" if T_momentum is None else "int8"]
-    step, bar = 1.0, threshold
+    rate, bar = 1.0, threshold
     if rule == "factored":
-        step, bar = 2 * theta / unit, theta + (T_momentum is None)
+        rate, bar = 2 * theta / unit, theta + (T_momentum is None)
     with torch.cuda.device_of(T_packed):
-        BLOCK_N = COMMIT_BYTES // BLOCK_C
-        commit_kernel[(triton.cdiv(N, BLOCK_N) * tiles,)](
+        programs = triton.cdiv(T_packed.numel(), _RUN.value * COMMIT_RUNS)
+        commit_kernel[(min(programs, COMMIT_PROGRAMS * multiprocessors(T_packed.device)),)](
             T_packed,
             T_accum,
             T_momentum,
@@ -215,24 +252,18 @@ def update_commit(
             status,
             refuse,
             lr,
-            step,
+            rate,
             bar,
             theta,
             unit,
-            float(limit),
-            1 - reference.MOMENTUM_DECAY,
+            limit,
             N,
             K,
-            size,
-            chunks,
-            tiles,
+            K if group_size == ROW else min(group_size, K),
             FACTORED=rule == "factored",
-            BLOCK_N=BLOCK_N,
-            BLOCK_C=BLOCK_C,
-            ALIGNED=alignment(size, K, BLOCK_C),
-            WORDS_TOGETHER=words_together(K, group_size),
-            num_warps=4,
-            enable_fp_fusion=False,
+            RUNS=COMMIT_RUNS,
+            QUARTER=quarter_of(K, group_size),
+            num_warps=COMMIT_WARPS,
         )
         commit_vectors(
             E, E_accum, row_log2, col_log2, stage_E, stage_row, stage_col, status, refuse, exponent_threshold

@@ -7,13 +7,18 @@ from torch import Tensor
 
 from ternarize.backends.torch import update as reference
 from ternarize.backends.triton.packed import INTERPRETED, columns, decode, load_codes, tiling
-from ternarize.backends.triton.rounding import add_uniform, clamp, floor_to_int, random_bits, words_together
+from ternarize.backends.triton.rounding import (
+    clamp,
+    gradient_bits,
+    gradient_bits_apart,
+    load_key,
+    round_off,
+    to_fixed,
+)
 from ternarize.packing import ROW, groups_per_row
-from ternarize.philox import GRADIENT_STREAM
 
 _CLIP = tl.constexpr(reference.CLIP)
 _NONFINITE_GRADIENT = tl.constexpr(reference.NONFINITE_GRADIENT)
-_GRADIENT_STREAM = tl.constexpr(GRADIENT_STREAM)
 _FLOAT32_MAX = tl.constexpr(torch.finfo(torch.float32).max)
 
 
@@ -45,7 +50,7 @@ def stage_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    WORDS_TOGETHER: tl.constexpr,
+    RUNS_OF_32: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
     """One tile of the stage, [BLOCK_N, 4 * BLOCK_C].
@@ -85,8 +90,13 @@ def stage_kernel(
     if row_factor is not None:
         rows = tl.load(row_factor + n, mask=n < N, other=0.0)
         cols = tl.load(col_factor + k, mask=k_inside, other=0.0)
-        bits = random_bits(rng, tl.load(status + 1) + _GRADIENT_STREAM, n, k, K, WORDS_TOGETHER)
-        u = floor_to_int(clamp(add_uniform(G * rows[:, None] * cols[None, :], bits), _CLIP))
+        key, count = load_key(rng), tl.load(status + 1)
+        if RUNS_OF_32:
+            run = tl.min(tl.reshape(k, (BLOCK_C // 8, 32)), 1) // 32
+            bits = gradient_bits(key, count, n, run, tl.cdiv(K, 32), G)
+        else:
+            bits = gradient_bits_apart(key, count, n, k, K)
+        u = round_off(to_fixed(clamp(G * rows[:, None] * cols[None, :], _CLIP)), bits)
         square = G * G
         tl.store(row_parts + tile_k.to(tl.int64) * N + n, tl.sum(square, 1), mask=n < N)
         tl.store(col_parts + tile_n.to(tl.int64) * K + k, tl.sum(square, 0), mask=k_inside)
@@ -106,6 +116,13 @@ def stage_kernel(
             votes = tl.load(stage_E + vote, mask=n < N, other=0).to(tl.int32)
             votes += (part > 0).to(tl.int32) - (part < 0).to(tl.int32)
             tl.store(stage_E + vote, clamp(votes, 127).to(tl.int8), mask=n < N)
+
+
+def runs_of_32(in_features: int, group_size: int) -> bool:
+    """Whether every 32 neighbouring columns of a tile start at a multiple of 32, and so share blocks of Philox."""
+    size, chunks, _, BLOCK_C = tiling(in_features, group_size)
+    in_order = 4 * BLOCK_C == size
+    return in_features % size == 0 and size % (32 if in_order and chunks == 1 else 128) == 0
 
 
 def stage_anywhere(
@@ -174,7 +191,7 @@ def stage_anywhere(
         BLOCK_M=32 if x.dtype == torch.float32 else 64,
         BLOCK_N=BLOCK_N,
         BLOCK_C=BLOCK_C,
-        WORDS_TOGETHER=words_together(K, tiled_as),
+        RUNS_OF_32=runs_of_32(K, tiled_as),
         UPCAST=INTERPRETED,
         num_warps=8,
         enable_fp_fusion=False,

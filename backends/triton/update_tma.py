@@ -15,12 +15,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ternarize.backends.torch import update as reference
 from ternarize.backends.triton.packed import multiprocessors
-from ternarize.backends.triton.rounding import add_uniform, floor_to_int, interleave, random_words
-from ternarize.philox import GRADIENT_STREAM
+from ternarize.backends.triton.rounding import clamp, gradient_bits, load_key, round_off, to_fixed
 
 _CLIP = tl.constexpr(reference.CLIP)
 _NONFINITE_GRADIENT = tl.constexpr(reference.NONFINITE_GRADIENT)
-_GRADIENT_STREAM = tl.constexpr(GRADIENT_STREAM)
 _FLOAT32_MAX = tl.constexpr(torch.finfo(torch.float32).max)
 
 #: Compute capability of Hopper. Later architectures have other tensor cores, on which this was not tried.
@@ -38,7 +36,7 @@ class Tile(NamedTuple):
     BLOCK_M: int
     """Tokens of a step of the sum."""
     SLICES: int
-    """Parts of the columns that are made integers one after the other: 2 or 4."""
+    """Parts of the columns that are made integers one after the other, 2 or 4, of a multiple of 32 columns each."""
     num_stages: int
     num_warps: int
     PANEL: int
@@ -66,8 +64,8 @@ def stage_slice(
     G: tl.tensor,
     row_factor: tl.tensor,
     col_factor: tl.tensor,
-    rng: tl.tensor,
-    stream: tl.tensor,
+    key: tl.tuple,
+    count: tl.tensor,
     stage: tl.tensor,
     col_part: tl.tensor,
     n: tl.tensor,
@@ -81,16 +79,14 @@ def stage_slice(
     columns = tl.load(col_factor + k, mask=k < K, other=0.0)
     square = G * G
     tl.store(col_part + k, tl.sum(square, 0), mask=k < K)
-    block = (n * (K // 4))[:, None] + (first // 4 + tl.arange(0, WIDTH // 4))[None, :]
-    low = block.to(tl.uint32)
-    w0, w1, w2, w3 = random_words(rng, stream, low, tl.zeros_like(low))
-    bits = (interleave(w0, w1, w2, w3) >> 8).to(tl.float32)
-    z = add_uniform(G * row_factor[:, None] * columns[None, :], bits)
-    u = floor_to_int(tl.minimum(tl.maximum(z, -_CLIP), _CLIP))
+    bits = gradient_bits(key, count, n, first // 32 + tl.arange(0, WIDTH // 32), tl.cdiv(K, 32), G)
+    u = round_off(to_fixed(clamp(G * row_factor[:, None] * columns[None, :], _CLIP)), bits).to(tl.int8)
     place = stage + n.to(tl.int64)[:, None] * K + k[None, :]
     inside = (n < N)[:, None] & (k < K)[None, :]
-    staged = tl.load(place, mask=inside, other=0).to(tl.int32) + u
-    tl.store(place, tl.minimum(tl.maximum(staged, -127), 127).to(tl.int8), mask=inside)
+    # To the first micro-batch there is nothing to add: a commit leaves zeros.
+    if count > 0:
+        u = clamp(tl.load(place, mask=inside, other=0).to(tl.int32) + u.to(tl.int32), 127).to(tl.int8)
+    tl.store(place, u, mask=inside)
     return tl.sum(square, 1)
 
 
@@ -129,20 +125,20 @@ def stage_tile(
 
     n = first_n + tl.arange(0, BLOCK_N)
     rows = tl.load(row_factor + n, mask=n < N, other=0.0)
-    stream = tl.load(status + 1) + _GRADIENT_STREAM
+    count, key = tl.load(status + 1), load_key(rng)
     col_part = col_parts + tile_n.to(tl.int64) * K
     WIDTH: tl.constexpr = BLOCK_K // SLICES
     left, right = halves(G)
     if SLICES == 2:
-        total = stage_slice(left, rows, col_factor, rng, stream, stage, col_part, n, first_k, N, K)
-        total += stage_slice(right, rows, col_factor, rng, stream, stage, col_part, n, first_k + WIDTH, N, K)
+        total = stage_slice(left, rows, col_factor, key, count, stage, col_part, n, first_k, N, K)
+        total += stage_slice(right, rows, col_factor, key, count, stage, col_part, n, first_k + WIDTH, N, K)
     else:
         s0, s1 = halves(left)
         s2, s3 = halves(right)
-        total = stage_slice(s0, rows, col_factor, rng, stream, stage, col_part, n, first_k, N, K)
-        total += stage_slice(s1, rows, col_factor, rng, stream, stage, col_part, n, first_k + WIDTH, N, K)
-        total += stage_slice(s2, rows, col_factor, rng, stream, stage, col_part, n, first_k + 2 * WIDTH, N, K)
-        total += stage_slice(s3, rows, col_factor, rng, stream, stage, col_part, n, first_k + 3 * WIDTH, N, K)
+        total = stage_slice(s0, rows, col_factor, key, count, stage, col_part, n, first_k, N, K)
+        total += stage_slice(s1, rows, col_factor, key, count, stage, col_part, n, first_k + WIDTH, N, K)
+        total += stage_slice(s2, rows, col_factor, key, count, stage, col_part, n, first_k + 2 * WIDTH, N, K)
+        total += stage_slice(s3, rows, col_factor, key, count, stage, col_part, n, first_k + 3 * WIDTH, N, K)
     tl.store(row_parts + tile_k.to(tl.int64) * N + n, total, mask=n < N)
 
     # Comparisons with NaN are false. A sum that is not finite may still be one of large squares.
@@ -188,15 +184,12 @@ def stage_tma_kernel(
 
 
 def takes(grad_y: Tensor, x: Tensor) -> bool:
-    """Whether the operands, [M, N] and [M, K], can be read by tensor descriptors into wgmma.
-
-    Also, a row's blocks of random numbers must not straddle rows, and their count must fit 32 bits.
-    """
+    """Whether the operands, [M, N] and [M, K], can be read by tensor descriptors into wgmma."""
     if not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] != _CAPABILITY:
         return False
     if x.dtype not in (torch.bfloat16, torch.float16) or x.shape[0] == 0:
         return False
-    return x.shape[1] % 4 == 0 and grad_y.shape[1] * x.shape[1] // 4 < 2**32 and _aligned(grad_y) and _aligned(x)
+    return _aligned(grad_y) and _aligned(x)
 
 
 def _aligned(rows: Tensor) -> bool:

@@ -83,24 +83,27 @@ def test_sum_groups_ends_with_the_tail() -> None:
 
 
 def test_factored_rule_carries_the_remainder_over_a_step() -> None:
-    # Momentum 64, at lr 0.1: an accumulator loses 0.1 · 254 = 25.4, rounded down here.
+    # Momentum 64, at lr 0.1: an accumulator loses 0.1 · 254 = 25.4, rounded up here, as bits of zero do.
     T, accum = torch.tensor([[0, 1, -1]], dtype=torch.int32), torch.tensor([[-110, -110, -110]], dtype=torch.int8)
-    momentum, zero = torch.full((1, 3), 64, dtype=torch.int8), torch.zeros(1, 3)
-    new_T, new_accum, new_momentum = factored_rule(T, accum, momentum, zero + 1, torch.tensor(0.1), zero, zero)
+    momentum, zero = torch.full((1, 3), 64, dtype=torch.int8), torch.zeros(1, 3, dtype=torch.int32)
+    # Ones of two micro-batches.
+    count, lr = torch.tensor(2, dtype=torch.int32), torch.tensor(0.1)
+    new_T, new_accum, new_momentum = factored_rule(T, accum, momentum, zero + 2, count, lr, zero, zero)
     assert new_T.tolist() == [[-1, 0, -1]]
-    # -110 - 25 = -135, and 254 back for a step taken; where T is at its end the accumulator stays at its own.
-    assert new_accum.tolist() == [[119, 119, -127]]
+    # -110 - 26 = -136, and 254 back for a step taken; where T is at its end the accumulator stays at its own.
+    assert new_accum.tolist() == [[118, 118, -127]]
     assert new_momentum is not None
     assert new_momentum.tolist() == [[64, 64, 64]]
 
 
 def test_factored_rule_in_nibbles_steps_beyond_theta_only() -> None:
     # Low nibble: accumulator 7, which is theta; high nibble: momentum 0. Then momentum -4 at lr 4/14: one unit more.
-    T, zero = torch.tensor([[0]], dtype=torch.int32), torch.zeros(1, 1)
+    T, zero = torch.tensor([[0]], dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
+    one = torch.tensor(1, dtype=torch.int32)
     packed = torch.tensor([[7]], dtype=torch.int8)
-    assert factored_rule(T, packed, None, zero, torch.tensor(0.1), zero, zero)[0].tolist() == [[0]]
+    assert factored_rule(T, packed, None, zero, one, torch.tensor(0.1), zero, zero)[0].tolist() == [[0]]
     packed = torch.tensor([[7 | (-4 << 4)]], dtype=torch.int8)
-    new_T, new_packed, _ = factored_rule(T, packed, None, zero - 1, torch.tensor(1 / 14), zero, zero)
+    new_T, new_packed, _ = factored_rule(T, packed, None, zero - 1, one, torch.tensor(1 / 14), zero, zero)
     assert new_T.tolist() == [[1]]
     assert new_packed.tolist() == [[((8 - 14) & 15) - 64]]
 
@@ -108,8 +111,8 @@ def test_factored_rule_in_nibbles_steps_beyond_theta_only() -> None:
 def test_sign_rule_steps_against_the_votes_and_returns_to_zero() -> None:
     T = torch.tensor([[0, 0, 1, 0]], dtype=torch.int32)
     accum = torch.tensor([[-15, 15, 15, 3]], dtype=torch.int8)
-    votes = torch.tensor([[1, -1, -1, 1]], dtype=torch.int8)
-    new_T, new_accum = sign_rule(T, accum, votes, torch.tensor(1.0), 16, torch.zeros(1, 4))
+    votes = torch.tensor([[1, -1, -1, 1]], dtype=torch.int32)
+    new_T, new_accum = sign_rule(T, accum, votes, torch.tensor(1.0), 16, torch.zeros_like(votes))
     assert new_T.tolist() == [[-1, 1, 1, 0]]
     assert new_accum.tolist() == [[0, 0, 0, 2]]
 

@@ -14,9 +14,9 @@ from tests.backends.test_update import integers, random_layer, stage, staged
 
 #: Tiles that the interpreter is through with in a second.
 SMALL = [
-    Tile(16, 32, 16, SLICES=2, num_stages=1, num_warps=4, PANEL=2, persistent=False),
-    Tile(32, 32, 16, SLICES=4, num_stages=1, num_warps=4, PANEL=2, persistent=False),
-    Tile(16, 64, 32, SLICES=4, num_stages=1, num_warps=4, PANEL=2, persistent=True),
+    Tile(16, 64, 16, SLICES=2, num_stages=1, num_warps=4, PANEL=2, persistent=False),
+    Tile(32, 128, 16, SLICES=4, num_stages=1, num_warps=4, PANEL=2, persistent=False),
+    Tile(16, 128, 32, SLICES=2, num_stages=1, num_warps=4, PANEL=2, persistent=True),
 ]
 
 on_the_cpu_or_a_gpu = pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def factored_layer(N: int, K: int, device: str) -> TernaryLinear:
 
 
 @on_the_cpu_or_a_gpu
-@pytest.mark.parametrize(("M", "N", "K"), [(1, 8, 8), (19, 16, 64), (7, 24, 40), (40, 56, 72), (16, 8, 104)])
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 8, 8), (19, 16, 128), (7, 24, 40), (40, 56, 136), (16, 8, 264)])
 def test_it_stages_what_the_reference_stages(
     device: str, dtype: torch.dtype, tile: Tile, M: int, N: int, K: int
 ) -> None:

@@ -72,10 +72,10 @@ __device__ __forceinline__ uint32_t three_times_plus(uint32_t a, uint32_t b) {
   return a;
 }
 
-// a · b + c, rounded down, and clamped to 0 and 1.
-__device__ __forceinline__ float fma_down_clamped(float a, float b, float c) {
+// a · b, clamped to 0 and 1.
+__device__ __forceinline__ float multiply_clamped(float a, float b) {
   float d;
-  asm("fma.rm.sat.f32 %0, %1, %2, %3;" : "=f"(d) : "f"(a), "f"(b), "f"(c));
+  asm("mul.rn.sat.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
   return d;
 }
 

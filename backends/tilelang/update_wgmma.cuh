@@ -8,15 +8,16 @@
 // for the next tile, while the second rounds. Blocks stay, and take tile after tile.
 // The blocks of a cluster take tiles one below the other: each loads a part of the columns of x, for all of them.
 //
-// Integers. Of 8 columns of its rows r and r + 8, a lane sums two neighbours each. It gives its neighbour two of them and
-// gets two, so that it has four columns of one row, which share a block of random numbers: even lanes of row r, odd
-// lanes of r + 8. Of 32 columns, lanes then exchange bytes to have 16 neighbours to load, add to and store.
+// Integers. Of 32 columns of its rows r and r + 8, a lane sums four pairs of neighbours each, which share a block of random
+// bits. Most of what rounding costs is drawing these: DRAWN of the 16 blocks of a tile are drawn while the first of its
+// products are formed, and wait in registers. Then lanes exchange bytes to have 8 neighbours to add to and to store.
 #include <stdint.h>
 
 namespace ternarize {
 
 // Float: __nv_bfloat16 or __half, of grad_y and x. The others: UpdateTile of update_wgmma.py.
-template <typename Float, int STAGES, int CLUSTER, int PANEL, int SKEW, int SHARED_BYTES>
+template <typename Float, int STAGES, int CLUSTER, int PANEL, int SKEW, int DRAWN,
+          int SHARED_BYTES>
 __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CUtensorMap& x, int M, int N, int K,
                                              void* shared, const void* row_factors, const void* col_factors,
                                              const void* rng, void* stage_bytes, void* row_sums, void* col_sums,
@@ -25,7 +26,7 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
   constexpr int BOX_BYTES = BLOCK_M * 128;  // 64 columns
   constexpr int GRAD_BYTES = BLOCK_N / 64 * BOX_BYTES, X_BYTES = BLOCK_K / 64 * BOX_BYTES;
   // CLIP, GRADIENT_STREAM and NONFINITE_GRADIENT of the reference.
-  constexpr int CLIP = 4, GRADIENT_STREAM = 2, NONFINITE_GRADIENT = 2;
+  constexpr int CLIP = 4, GRADIENT_STREAM = 1, NONFINITE_GRADIENT = 2;
   // Named barriers: 1 and 2 are those of the warpgroups.
   constexpr int FIRST_IS_DONE = 3;
   constexpr float FLOAT32_MAX = 3.402823466e+38f;
@@ -36,7 +37,7 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
   uint64_t* const full = reinterpret_cast<uint64_t*>(s_sums + 2 * 4 * BLOCK_K);
   uint64_t* const empty = full + STAGES;
   static_assert(STAGES * (GRAD_BYTES + X_BYTES + 16) + 2 * 4 * BLOCK_K * 4 <= SHARED_BYTES);
-  static_assert(SKEW <= STAGES);
+  static_assert(SKEW <= STAGES && 0 < DRAWN && DRAWN <= BLOCK_K / 16);
 
   const int thread = threadIdx.x % 128, warpgroup = threadIdx.x / 128;
   const int warp = thread / 32, lane = threadIdx.x % 32;
@@ -107,13 +108,14 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
     const auto* const seed_layer_step = static_cast<const int64_t*>(rng);
     auto* const staged = static_cast<int8_t*>(stage_bytes);
     auto* const status = static_cast<int*>(status_words);
-    const Philox philox(static_cast<uint32_t>(seed_layer_step[0]), static_cast<uint32_t>(seed_layer_step[1]),
-                        static_cast<uint32_t>(seed_layer_step[2]), static_cast<uint32_t>(status[1] + GRADIENT_STREAM));
+    const int count = status[1];
+    const Philox philox = {static_cast<uint32_t>(seed_layer_step[0]), static_cast<uint32_t>(seed_layer_step[1]),
+                           static_cast<uint32_t>(seed_layer_step[2]), static_cast<uint32_t>(count + GRADIENT_STREAM)};
 
     // Of a tile with fewer steps the first warpgroup could be at the end of the next before the second waits for it.
     const bool skewed = steps > STAGES;
     const int quad = lane % 4, group = lane / 4;
-    const bool odd = quad % 2, upper = quad / 2;
+    const QuadTranspose transpose(quad);
     auto release = [&](int used) {
       if constexpr (CLUSTER > 1) {
         if (lane < CLUSTER) barrier_arrive_at_rank(empty + used, lane);
@@ -123,10 +125,16 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
     };
 
     for (int tile = blockIdx.x / CLUSTER; locate(tile); tile += gridDim.x / CLUSTER) {
+      // The rows of this lane, and the first of its blocks of random bits.
+      const int n[2] = {n0 + warpgroup * 64 + warp * 16 + group, n0 + warpgroup * 64 + warp * 16 + group + 8};
+      auto draw = [&](int half, int run, uint32_t (&words)[4]) {
+        philox.block(static_cast<uint64_t>(n[half]) * (4 * ((K + 31) / 32)) + (k0 / 32 + run) * 4 + quad, words);
+      };
       float G[BLOCK_K / 2] = {};
-      int previous = -1;
-#pragma unroll 1
-      for (int step = 0; step < steps; ++step, advance()) {
+      keep(G);
+      uint32_t drawn[DRAWN][4];
+      int step = 0, previous = -1;
+      auto multiply = [&](auto&& meanwhile) {
         if (SKEW > 0 && warpgroup == 1 && step == steps - SKEW && skewed) {
           wgmma_wait<0>();
           release(previous);
@@ -138,42 +146,60 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
         const uint64_t b = transposed_descriptor<BLOCK_M>(s_x + stage * X_BYTES);
         wgmma_fence();
 #pragma unroll
-        for (int m = 0; m < BLOCK_M; m += 16)
-          wgmma_transposed<Float, BLOCK_K>(G, a + m * 8, b + m * 8, true);
+        for (int m = 0; m < BLOCK_M; m += 16) wgmma_transposed<Float, BLOCK_K>(G, a + m * 8, b + m * 8, true);
         wgmma_commit();
+        meanwhile();
         wgmma_wait<1>();
         if (previous >= 0) release(previous);
         previous = stage;
+        ++step;
+        advance();
+      };
+#pragma unroll
+      for (int i = 0; i < DRAWN; ++i) {
+        auto draw_next = [&] {
+          draw(i % 2, i / 2, drawn[i]);
+          // Now, not where they are used.
+          keep(drawn[i]);
+        };
+        if (i < steps)
+          multiply(draw_next);
+        else
+          draw_next();
       }
+#pragma unroll 1
+      while (step < steps) multiply([] {});
       if (SKEW > 0 && warpgroup == 0 && skewed) named_barrier_arrive(FIRST_IS_DONE, 256);
       wgmma_wait<0>();
       keep(G);
       release(previous);
 
-      // The row that this lane rounds, and its sums of squares of both.
-      const int first_n = n0 + warpgroup * 64 + warp * 16 + group, n = first_n + (odd ? 8 : 0);
-      const float factor = n < N ? row_factor[n] : 0.0f;
-      float squares[2] = {};
+      float factors[2], squares[2] = {};
+      int8_t* rows_of_stage[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        factors[half] = n[half] < N ? row_factor[n[half]] * (1.0f / CLIP) : 0.0f;
+        rows_of_stage[half] = staged + static_cast<int64_t>(n[half]) * K;
+      }
       float* const column_sums = s_sums + (warpgroup * 4 + warp) * BLOCK_K;
-      int8_t* const row = staged + static_cast<int64_t>(n) * K;
-      const uint64_t row_block = static_cast<uint64_t>(n) * (K / 4);
 #pragma unroll
-      for (int c = 0; c < BLOCK_K; c += 32) {
-        const int own = k0 + c + upper * 16;
-        const bool inside = n < N && own < K;
-        uint4 old = {};
-        if (inside) old = *reinterpret_cast<const uint4*>(row + own);
-
-        float sums[8];
+      for (int run = 0; run < BLOCK_K / 32; ++run) {
+        const int first_k = k0 + run * 32, own_k = first_k + quad * 8;
+        const float* const g = G + run * 16;
+        float sums[8], columns[8];
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
+        for (int j = 0; j < 4; ++j) {
+          const float2 pair = *reinterpret_cast<const float2*>(col_factor + min(first_k + j * 8 + quad * 2, K - 2));
+          columns[2 * j] = pair.x;
+          columns[2 * j + 1] = pair.y;
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            const float g0 = G[(c / 8 + j) * 4 + i], g1 = G[(c / 8 + j) * 4 + 2 + i];
+            const float g0 = g[4 * j + i], g1 = g[4 * j + 2 + i];
             squares[0] = __fmaf_rn(g0, g0, squares[0]);
             squares[1] = __fmaf_rn(g1, g1, squares[1]);
             sums[2 * j + i] = __fmaf_rn(g1, g1, g0 * g0);
           }
+        }
         // Over the 8 lanes of a column: each gives half of its sums for half of another's, until it has one.
 #pragma unroll
         for (int half = 4; half > 0; half /= 2)
@@ -183,31 +209,32 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
             const float given = high ? sums[i] : sums[i + half], kept = high ? sums[i + half] : sums[i];
             sums[i] = kept + __shfl_xor_sync(0xFFFFFFFFu, given, half * 4);
           }
-        column_sums[c + group / 2 * 8 + quad * 2 + group % 2] = sums[0];
+        column_sums[run * 32 + group / 2 * 8 + quad * 2 + group % 2] = sums[0];
 
-        uint32_t bytes[4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float* const g = G + (c / 8 + j) * 4;
-          const float r0 = __shfl_xor_sync(0xFFFFFFFFu, odd ? g[0] : g[2], 1);
-          const float r1 = __shfl_xor_sync(0xFFFFFFFFu, odd ? g[1] : g[3], 1);
-          const float four[4] = {odd ? r0 : g[0], odd ? r1 : g[1], odd ? g[2] : r0, odd ? g[3] : r1};
-          const int k = k0 + c + j * 8 + upper * 4;
-          const float4 factors = *reinterpret_cast<const float4*>(col_factor + min(k, K - 4));
-          const float columns[4] = {factors.x, factors.y, factors.z, factors.w};
-          uint32_t words[4], u[4];
-          philox.block(row_block + k / 4, words);
+        for (int half = 0; half < 2; ++half) {
+          const int index = run * 2 + half;
+          uint32_t late[4], pairs[4];
+          if (index >= DRAWN) draw(half, run, late);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) u[i] = stochastic_round<CLIP>(four[i] * factor * columns[i], words[i]);
-          bytes[j] = low_bytes(u[0], u[1], u[2], u[3]);
+          for (int j = 0; j < 4; ++j) {
+            uint32_t fixed[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+              fixed[i] = clamped_fixed<CLIP>(g[4 * j + 2 * half + i] * factors[half], columns[2 * j + i]);
+            pairs[j] = round_off_pair(fixed[0], fixed[1], index < DRAWN ? drawn[min(index, DRAWN - 1)][j] : late[j]);
+          }
+          uint2 u = transpose(pairs);
+          if (n[half] < N && own_k < K) {
+            auto* const place = reinterpret_cast<uint2*>(rows_of_stage[half] + own_k);
+            // To the first micro-batch there is nothing to add: a commit leaves zeros.
+            if (count > 0) {
+              const uint2 old = *place;
+              u = {add_saturating(old.x, u.x), add_saturating(old.y, u.y)};
+            }
+            *place = u;
+          }
         }
-        const uint32_t r0 = __shfl_xor_sync(0xFFFFFFFFu, upper ? bytes[0] : bytes[2], 2);
-        const uint32_t r1 = __shfl_xor_sync(0xFFFFFFFFu, upper ? bytes[1] : bytes[3], 2);
-        if (inside)
-          *reinterpret_cast<uint4*>(row + own) = {add_saturating(old.x, upper ? r0 : bytes[0]),
-                                                  add_saturating(old.y, upper ? bytes[2] : r0),
-                                                  add_saturating(old.z, upper ? r1 : bytes[1]),
-                                                  add_saturating(old.w, upper ? bytes[3] : r1)};
       }
 
       // Comparisons with NaN are false. A sum that is not finite may still be one of large squares.
@@ -222,8 +249,10 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
         squares[half] += __shfl_xor_sync(0xFFFFFFFFu, squares[half], 1);
         squares[half] += __shfl_xor_sync(0xFFFFFFFFu, squares[half], 2);
       }
-      if (!upper && n < N) static_cast<float*>(row_sums)[static_cast<int64_t>(k0 / BLOCK_K) * N + n] =
-            odd ? squares[1] : squares[0];
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        if (quad == half && n[half] < N)
+          static_cast<float*>(row_sums)[static_cast<int64_t>(k0 / BLOCK_K) * N + n[half]] = squares[half];
       // Of the four warps, in the order of their rows.
       named_barrier(1 + warpgroup, 128);
       const int part = n0 / 64 + warpgroup;

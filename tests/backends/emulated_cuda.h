@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <cfenv>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -31,6 +30,9 @@ struct uint2 {
 };
 struct uint4 {
   uint32_t x, y, z, w;
+};
+struct float2 {
+  float x, y;
 };
 struct float4 {
   float x, y, z, w;
@@ -265,15 +267,6 @@ inline void __syncwarp() { emulated::warp().barrier.arrive_and_wait("__syncwarp"
 inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
 inline uint32_t __float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-// Rounded down.
-inline float __fmaf_rd(float a, float b, float c) {
-  const int before = std::fegetround();
-  std::fesetround(FE_DOWNWARD);
-  volatile float x = a, y = b, z = c;
-  volatile float result = std::fma(x, y, z);
-  std::fesetround(before);
-  return result;
-}
 // Bit 3 of a selector: its sign eight times, in place of the byte.
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;

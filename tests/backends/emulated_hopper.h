@@ -58,7 +58,10 @@ inline float load_scale(const float* address) {
   return *address;
 }
 
-inline float fma_down_clamped(float a, float b, float c) { return min(max(__fmaf_rd(a, b, c), 0.0f), 1.0f); }
+inline float multiply_clamped(float a, float b) {
+  const float product = a * b;
+  return product > 0 ? min(product, 1.0f) : 0;
+}
 
 template <typename Float>
 uint32_t float_bits(uint32_t word) {

@@ -32,19 +32,22 @@ class UpdateCase:
     CLUSTER: int = 1
     PANEL: int = 2
     SKEW: int = 0
+    DRAWN: int = 16
 
     def tile(self) -> Any:
         from ternarize.backends.tilelang.update_wgmma import UpdateTile
 
-        return UpdateTile(STAGES=self.STAGES, CLUSTER=self.CLUSTER, PANEL=self.PANEL, SKEW=self.SKEW)
+        return UpdateTile(STAGES=self.STAGES, CLUSTER=self.CLUSTER, PANEL=self.PANEL, SKEW=self.SKEW, DRAWN=self.DRAWN)
 
 
 CASES = {
     "one token": UpdateCase(M=1, N=8, K=16),
     "one tile": UpdateCase(M=130, N=128, K=256, dtype="float16", STAGES=4),
     "several tiles": UpdateCase(M=70, N=200, K=528),
-    "several tiles, skewed": UpdateCase(M=300, N=200, K=528, STAGES=3, SKEW=2),
-    "several tiles, two blocks": UpdateCase(M=70, N=264, K=272, dtype="float16", clusters=2, STAGES=3, PANEL=1),
+    "several tiles, skewed": UpdateCase(M=1100, N=200, K=528, STAGES=3, SKEW=2),
+    "several tiles, two blocks": UpdateCase(
+        M=70, N=264, K=272, dtype="float16", clusters=2, STAGES=3, PANEL=1, DRAWN=3
+    ),
     "cluster of two": UpdateCase(M=150, N=328, K=304, CLUSTER=2, SKEW=2),
     "cluster of two, one row": UpdateCase(M=64, N=72, K=512, CLUSTER=2, dtype="float16"),
     "cluster of four": UpdateCase(M=65, N=456, K=80, CLUSTER=4),
@@ -111,8 +114,9 @@ def test_it_stages_what_the_reference_stages(emulation: ctypes.CDLL, name: str) 
     case = CASES[name]
     layer = factored_layer(case.N, case.K, "cpu")
     assert layer.stage is not None
-    # Some sums stop at the ends of int8.
+    # After some micro-batches: some sums stop at the ends of int8.
     layer.stage.copy_(torch.randint(-127, 128, layer.stage.shape, dtype=torch.int8))
+    layer.status[1] = 5
     layer.rng[0] = 2**32 - 5
     expected = copy.deepcopy(layer)
     for _ in range(2):

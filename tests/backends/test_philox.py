@@ -120,7 +120,9 @@ def bits_kernel(rng: tl.tensor, out: tl.tensor, K: tl.tensor, TOGETHER: tl.const
     if TOGETHER:
         block = (n.to(tl.int64) * (K // 4))[:, None] + tl.arange(0, 16)[None, :]
         drawn = tl.reshape(commit_words(key, tl.reshape(block, (64,))), (4, 64))
-        bits = gradient_bits_together(key, micro_batch, n, tl.arange(0, 2), tl.cdiv(K, 32), tl.zeros((4, 64), tl.float32))
+        bits = gradient_bits_together(
+            key, micro_batch, n, tl.arange(0, 2), tl.cdiv(K, 32), tl.zeros((4, 64), tl.float32)
+        )
     else:
         drawn = commit_words_apart(key, (n.to(tl.int64) * tl.cdiv(K, 4))[:, None] + (k // 4)[None, :], k[None, :] % 4)
         bits = gradient_bits_apart(key, micro_batch, n, k, K)

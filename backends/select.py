@@ -38,6 +38,7 @@ class Facts:
     in_features: int
     out_features: tuple[int, ...]
     planes: tuple[int, ...]
+    """Of each layer; of an update, empty: they have one."""
     group_size: int
     mantissas: tuple[torch.dtype | None, ...]
     """Of each layer, the dtype of E_mantissa, or None; of a call that takes no mantissas, empty."""
@@ -75,16 +76,18 @@ def facts_of(stem: str, args: Sequence[Any]) -> Facts:
         x, T_packed, mantissas, in_features, group_size = args[0], args[1], args[3], args[0].shape[-1], args[6]
     elif stem == "grad_input":
         (x, *_), T_packed, mantissas, in_features, group_size = args[0], args[1], args[3], args[4], args[5]
-    elif stem in ("update_stage", "update_apply"):
-        x, T_packed, mantissas, in_features, group_size = args[1], args[2], [], args[1].shape[-1], args[-2]
+    elif stem in _EXPONENTS:
+        # An update that a graph calls tells of what it mutates no more than how many tensors there are.
+        x, T_packed, mantissas, in_features, group_size = args[1], [], [], args[1].shape[-1], args[-2]
     else:
         x, T_packed, mantissas, in_features, group_size = args[2], [args[0]], [], args[2].shape[1], args[17]
+    of_layers, dim = (args[0], -1) if stem in _EXPONENTS else (T_packed, -2)
     return Facts(
         device=x.device.type,
         capability=_capability(x.device),
         dtype=x.dtype,
         in_features=int(in_features),
-        out_features=tuple(int(packed.shape[-2]) for packed in T_packed),
+        out_features=tuple(int(rows.shape[dim]) for rows in of_layers),
         planes=tuple(int(packed.shape[0]) if packed.dim() == 3 else 1 for packed in T_packed),
         group_size=group_size,
         mantissas=tuple(None if m is None else m.dtype for m in mantissas),

@@ -84,8 +84,9 @@ class LowerTernaryPass(GraphPass):
         stem = hook.default._schema.name.removeprefix("ternarize::")
         names = [argument.name for argument in hook.default._schema.arguments]
         # Mutated arguments are replaced by indices into the bases: how many there are is all that a verifier needs.
-        kwargs = {name: [None] * node.kwargs.get(f"_{name}_length", 0) for name in names} | node.kwargs
-        args = [kwargs[name] for name in names] if functionalised else list(node.args)
+        kwargs: dict[str, Any] = dict(node.kwargs)
+        mutated = {name: [None] * kwargs.get(f"_{name}_length", 0) for name in names if name not in kwargs}
+        args = [(kwargs | mutated)[name] for name in names] if functionalised else list(node.args)
         facts = facts_of(stem, [_value(argument) for argument in args])
         choice = choose(stem, self._phase, facts, self._policy)
         op = lowered(stem, choice.backend)

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 from ternarize import TernaryOptimizer
-from ternarize.backends.select import Choice, Facts, Phase
+from ternarize.backends.select import Choice, Facts, Phase, choose
 from ternarize.config import Kernels
 from ternarize.errors import KernelError, TernarizeError
 from ternarize.layer import Apply, TernaryLinear
@@ -58,18 +58,18 @@ def test_the_choice_of_an_update_knows_whether_exponents_train(
     train_exponents: bool,
 ) -> None:
     seen: dict[str, Facts] = {}
-    choose = lower_ternary.choose
 
     def record(stem: str, phase: Phase, facts: Facts, policy: Kernels, **rest: bool) -> Choice:
         seen[stem] = facts
         return choose(stem, phase, facts, policy, **rest)
 
-    monkeypatch.setattr(lower_ternary, "choose", record)
+    monkeypatch.setattr("ternarize.passes.lower_ternary.choose", record)
     layer = make_layer(32, 16, train_exponents=train_exponents)
     TernaryOptimizer(layer, apply=apply)
     compile_fresh(layer)(torch.ones(3, 32)).sum().backward()
     facts = seen["update_stage" if apply == "step" else "update_apply"]
     assert (facts.rule, facts.trains_exponents) == ("factored", train_exponents)
+    assert (facts.in_features, facts.out_features) == (32, (16,))
 
 
 def test_tilelang_forced_in_training_says_what_to_do(make_layer: MakeLayer, compile_fresh: Callable[..., Any]) -> None:

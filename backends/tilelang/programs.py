@@ -72,3 +72,14 @@ def prepare(
             gpu = host.gpu_name(x.device)
             for program in programs_for(stem, M, layers, K, group_size, x.dtype, guarded=guarded, gpu=gpu):
                 build.start(program)
+
+
+def prepare_update(x: Tensor, T_packed: Sequence[Tensor]) -> None:
+    """Begin to build the kernels that stage the gradients of a call: for all layers of a model they are the same few.
+
+    Args:
+        x: fake, as are the others.
+        T_packed: of each layer.
+    """
+    for packed in T_packed:
+        build.start(build.UpdateProgram.of(int(packed.shape[-2]), x.dtype))

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ternarize.backends.tilelang import build
 from ternarize.backends.tilelang.host import aligned
-from ternarize.backends.tilelang.layers import dtype_name
-from ternarize.backends.tilelang.update_wgmma import UpdateTile, choose_update_tile, parts_shapes
+from ternarize.backends.tilelang.update_wgmma import parts_shapes
 from ternarize.backends.torch import update as reference
 from ternarize.backends.triton.update import update_commit
 from ternarize.backends.triton.update_vectors import finish_stage, normalisers
@@ -27,7 +26,6 @@ def stage_factored(
     rng: Tensor,
     stage: Tensor,
     status: Tensor,
-    tile: UpdateTile | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Add the integers of one micro-batch to a layer's stage.
 
@@ -41,7 +39,6 @@ def stage_factored(
         rng: int64 [3].
         stage: int8 [N, K].
         status: int32 [2].
-        tile: other than that of `choose_update_tile`.
 
     Returns:
         Sums of G² of the shapes of `parts_shapes`; None of no tokens.
@@ -50,10 +47,9 @@ def stage_factored(
     if M == 0:
         return None
     row_parts, col_parts = (stage.new_empty(shape, dtype=torch.float32) for shape in parts_shapes(N, K))
-    program = build.UpdateProgram(dtype=dtype_name(x.dtype), tile=tile or choose_update_tile(N))
     # TileLang makes the device of its arguments the current one, and leaves it so.
     with torch.cuda.device(x.device):
-        kernel = build.start(program).result()
+        kernel = build.start(build.UpdateProgram.of(N, x.dtype)).result()
         kernel(grad_y, x, row_factor, col_factor, rng, stage, row_parts, col_parts, status)
     return row_parts, col_parts
 

@@ -20,11 +20,12 @@ __device__ __forceinline__ void barriers_ready() {
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// The same at the barrier of this name in another block of the cluster, or in this one.
+// The same at this barrier of any block of the cluster. With its default scope, as CUTLASS has it: what is released are
+// reads, and the scope of a cluster would wait for all of the thread's stores each time.
 __device__ __forceinline__ void barrier_arrive_at_rank(uint64_t* barrier, int rank) {
   uint32_t address;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(barrier)), "r"(rank));
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
 }
 // Arrives, and lets the phase end only when TMA has written ``bytes`` more.
 __device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {

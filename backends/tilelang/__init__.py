@@ -79,12 +79,12 @@ def verify(stem: str, facts: "Facts") -> tuple[bool, str]:
 
 
 def _refusals_of_update(facts: "Facts") -> tuple[tuple[bool, str], ...]:
-    K, rows = facts.in_features, [str(N) for N in facts.out_features if N % 8]
+    sizes = (("in_features", [facts.in_features]), ("out_features", facts.out_features))
+    odd = [f"{name} {size}" for name, of_layers in sizes for size in of_layers if size % 8]
     return (
         (facts.rule != "factored", f"the rule is {facts.rule}, need factored"),
         (facts.trains_exponents, "exponents are trained, need train_exponents=False"),
-        (K % 16 != 0, f"in_features is {K}, need a multiple of 16: what a thread stores at once"),
-        (len(rows) > 0, f"out_features is {' and '.join(rows)}, need a multiple of 8: rows of 16 bytes for TMA"),
+        (len(odd) > 0, f"the layers have {', '.join(odd)}, need multiples of 8: rows of 16 bytes for TMA"),
         (importlib.util.find_spec("triton") is None, "triton is not installed, whose kernels do the rest of an update"),
     )
 

@@ -15,9 +15,22 @@
 
 namespace ternarize {
 
+// Sums over the 8 lanes of a warp that have the same column, of 8 columns: each lane gives half of its sums for half of
+// another's, until it has one, that of column ``group``, the place of the lane among the 8.
+__device__ __forceinline__ float sum_over_groups(float (&sums)[8], int group) {
+#pragma unroll
+  for (int half = 4; half > 0; half /= 2)
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const bool high = group & half;
+      const float given = high ? sums[i] : sums[i + half], kept = high ? sums[i + half] : sums[i];
+      sums[i] = kept + __shfl_xor_sync(0xFFFFFFFFu, given, half * 4);
+    }
+  return sums[0];
+}
+
 // Float: __nv_bfloat16 or __half, of grad_y and x. The others: UpdateTile of update_wgmma.py.
-template <typename Float, int STAGES, int CLUSTER, int PANEL, int SKEW, int DRAWN,
-          int SHARED_BYTES>
+template <typename Float, int STAGES, int CLUSTER, int PANEL, int SKEW, int DRAWN, int SHARED_BYTES>
 __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CUtensorMap& x, int M, int N, int K,
                                              void* shared, const void* row_factors, const void* col_factors,
                                              const void* rng, void* stage_bytes, void* row_sums, void* col_sums,
@@ -170,22 +183,35 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
 #pragma unroll 1
       while (step < steps) multiply([] {});
       if (SKEW > 0 && warpgroup == 0 && skewed) named_barrier_arrive(FIRST_IS_DONE, 256);
+
+      // Where this lane stages 8 columns of a row, or null outside the layer.
+      auto place_of = [&](int half, int run) -> uint2* {
+        const int k = k0 + run * 32 + quad * 8;
+        if (n[half] >= N || k >= K) return nullptr;
+        return reinterpret_cast<uint2*>(staged + static_cast<int64_t>(n[half]) * K + k);
+      };
+      // To the first micro-batch there is nothing to add: a commit leaves zeros.
+      auto load_staged = [&](int run, uint2 (&to)[2]) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          if (const uint2* const place = place_of(half, run); place != nullptr && count > 0) to[half] = *place;
+      };
+      uint2 old[2] = {};
+      load_staged(0, old);
+      float factors[2], squares[2] = {};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) factors[half] = n[half] < N ? row_factor[n[half]] * (1.0f / CLIP) : 0.0f;
       wgmma_wait<0>();
       keep(G);
       release(previous);
 
-      float factors[2], squares[2] = {};
-      int8_t* rows_of_stage[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        factors[half] = n[half] < N ? row_factor[n[half]] * (1.0f / CLIP) : 0.0f;
-        rows_of_stage[half] = staged + static_cast<int64_t>(n[half]) * K;
-      }
       float* const column_sums = s_sums + (warpgroup * 4 + warp) * BLOCK_K;
 #pragma unroll
       for (int run = 0; run < BLOCK_K / 32; ++run) {
-        const int first_k = k0 + run * 32, own_k = first_k + quad * 8;
+        const int first_k = k0 + run * 32;
         const float* const g = G + run * 16;
+        uint2 next[2] = {};
+        if (run + 1 < BLOCK_K / 32) load_staged(run + 1, next);
         float sums[8], columns[8];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -200,16 +226,7 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
             sums[2 * j + i] = __fmaf_rn(g1, g1, g0 * g0);
           }
         }
-        // Over the 8 lanes of a column: each gives half of its sums for half of another's, until it has one.
-#pragma unroll
-        for (int half = 4; half > 0; half /= 2)
-#pragma unroll
-          for (int i = 0; i < half; ++i) {
-            const bool high = group & half;
-            const float given = high ? sums[i] : sums[i + half], kept = high ? sums[i + half] : sums[i];
-            sums[i] = kept + __shfl_xor_sync(0xFFFFFFFFu, given, half * 4);
-          }
-        column_sums[run * 32 + group / 2 * 8 + quad * 2 + group % 2] = sums[0];
+        column_sums[run * 32 + group / 2 * 8 + quad * 2 + group % 2] = sum_over_groups(sums, group);
 
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -225,16 +242,11 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
             pairs[j] = round_off_pair(fixed[0], fixed[1], index < DRAWN ? drawn[min(index, DRAWN - 1)][j] : late[j]);
           }
           uint2 u = transpose(pairs);
-          if (n[half] < N && own_k < K) {
-            auto* const place = reinterpret_cast<uint2*>(rows_of_stage[half] + own_k);
-            // To the first micro-batch there is nothing to add: a commit leaves zeros.
-            if (count > 0) {
-              const uint2 old = *place;
-              u = {add_saturating(old.x, u.x), add_saturating(old.y, u.y)};
-            }
-            *place = u;
-          }
+          if (count > 0) u = {add_saturating(old[half].x, u.x), add_saturating(old[half].y, u.y)};
+          if (uint2* const place = place_of(half, run)) *place = u;
         }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) old[half] = next[half];
       }
 
       // Comparisons with NaN are false. A sum that is not finite may still be one of large squares.

@@ -36,8 +36,8 @@ class UpdateTile:
     """Rows of tiles, of a cluster each, that are taken together, column by column."""
     SKEW: int
     """Steps that one warpgroup has left when the other begins to round: 0 to STAGES."""
-    DRAWN: int = 16
-    """Blocks of random bits that a thread draws before it rounds: 1 to 16, in four registers each."""
+    DRAWN: int = 15
+    """Blocks of random bits that a thread draws before it rounds: 1 to 16, in four registers each; all 16 are a few too many."""
 
     @property
     def shared_bytes(self) -> int:

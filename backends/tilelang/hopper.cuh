@@ -79,6 +79,15 @@ __device__ __forceinline__ float multiply_clamped(float a, float b) {
   return d;
 }
 
+// Two bytes of a word, sign-extended to int16: those that 0xA280 or 0xB391 select, even or odd. __byte_perm does not know
+// the bit of a selector that stands for eight times the sign of a byte.
+template <uint32_t SELECTOR>
+__device__ __forceinline__ uint32_t sign_extended(uint32_t word) {
+  uint32_t d;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(d) : "r"(word), "n"(SELECTOR));
+  return d;
+}
+
 // The low 16 bits, a 16-bit float, as the bits of a float32.
 template <typename Float>
 __device__ __forceinline__ uint32_t float_bits(uint32_t word) {

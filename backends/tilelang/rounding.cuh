@@ -47,8 +47,8 @@ __device__ __forceinline__ uint32_t round_off_pair(uint32_t even, uint32_t odd, 
 // Sums of four int8, which stop at -127 and 127: in two halves of two sign-extended bytes each.
 __device__ __forceinline__ uint32_t add_saturating(uint32_t a, uint32_t b) {
   constexpr uint32_t EVEN = 0xA280, ODD = 0xB391, MOST = 0x007F007F, LEAST = 0xFF81FF81;
-  const uint32_t even = __vmaxs2(__viaddmin_s16x2(__byte_perm(a, 0, EVEN), __byte_perm(b, 0, EVEN), MOST), LEAST);
-  const uint32_t odd = __vmaxs2(__viaddmin_s16x2(__byte_perm(a, 0, ODD), __byte_perm(b, 0, ODD), MOST), LEAST);
+  const uint32_t even = __vmaxs2(__viaddmin_s16x2(sign_extended<EVEN>(a), sign_extended<EVEN>(b), MOST), LEAST);
+  const uint32_t odd = __vmaxs2(__viaddmin_s16x2(sign_extended<ODD>(a), sign_extended<ODD>(b), MOST), LEAST);
   return __byte_perm(even, odd, 0x6240);
 }
 

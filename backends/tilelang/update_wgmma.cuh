@@ -50,7 +50,7 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
   uint64_t* const full = reinterpret_cast<uint64_t*>(s_sums + 2 * 4 * BLOCK_K);
   uint64_t* const empty = full + STAGES;
   static_assert(STAGES * (GRAD_BYTES + X_BYTES + 16) + 2 * 4 * BLOCK_K * 4 <= SHARED_BYTES);
-  static_assert(SKEW <= STAGES && 0 < DRAWN && DRAWN <= BLOCK_K / 16);
+  static_assert(SKEW <= STAGES && 0 <= DRAWN && DRAWN <= BLOCK_K / 16);
 
   const int thread = threadIdx.x % 128, warpgroup = threadIdx.x / 128;
   const int warp = thread / 32, lane = threadIdx.x % 32;
@@ -145,9 +145,9 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
       };
       float G[BLOCK_K / 2] = {};
       keep(G);
-      uint32_t drawn[DRAWN][4];
-      int step = 0, previous = -1;
-      auto multiply = [&](auto&& meanwhile) {
+      uint32_t drawn[DRAWN > 0 ? DRAWN : 1][4];
+      int previous = -1;
+      auto begin = [&](int step) {
         if (SKEW > 0 && warpgroup == 1 && step == steps - SKEW && skewed) {
           wgmma_wait<0>();
           release(previous);
@@ -161,27 +161,26 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
 #pragma unroll
         for (int m = 0; m < BLOCK_M; m += 16) wgmma_transposed<Float, BLOCK_K>(G, a + m * 8, b + m * 8, true);
         wgmma_commit();
-        meanwhile();
+      };
+      auto finish = [&] {
         wgmma_wait<1>();
         if (previous >= 0) release(previous);
         previous = stage;
-        ++step;
         advance();
       };
 #pragma unroll
       for (int i = 0; i < DRAWN; ++i) {
-        auto draw_next = [&] {
-          draw(i % 2, i / 2, drawn[i]);
-          // Now, not where they are used.
-          keep(drawn[i]);
-        };
-        if (i < steps)
-          multiply(draw_next);
-        else
-          draw_next();
+        if (i < steps) begin(i);
+        draw(i % 2, i / 2, drawn[i]);
+        // Now, not where they are used.
+        keep(drawn[i]);
+        if (i < steps) finish();
       }
 #pragma unroll 1
-      while (step < steps) multiply([] {});
+      for (int step = DRAWN; step < steps; ++step) {
+        begin(step);
+        finish();
+      }
       if (SKEW > 0 && warpgroup == 0 && skewed) named_barrier_arrive(FIRST_IS_DONE, 256);
 
       // Where this lane stages 8 columns of a row, or null outside the layer.
@@ -239,7 +238,7 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
 #pragma unroll
             for (int i = 0; i < 2; ++i)
               fixed[i] = clamped_fixed<CLIP>(g[4 * j + 2 * half + i] * factors[half], columns[2 * j + i]);
-            pairs[j] = round_off_pair(fixed[0], fixed[1], index < DRAWN ? drawn[min(index, DRAWN - 1)][j] : late[j]);
+            pairs[j] = round_off_pair(fixed[0], fixed[1], index < DRAWN ? drawn[index < DRAWN ? index : 0][j] : late[j]);
           }
           uint2 u = transpose(pairs);
           if (count > 0) u = {add_saturating(old[half].x, u.x), add_saturating(old[half].y, u.y)};

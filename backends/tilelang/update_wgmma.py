@@ -36,8 +36,8 @@ class UpdateTile:
     """Rows of tiles, of a cluster each, that are taken together, column by column."""
     SKEW: int
     """Steps that one warpgroup has left when the other begins to round: 0 to STAGES."""
-    DRAWN: int = 15
-    """Blocks of random bits that a thread draws before it rounds: 1 to 16, in four registers each; all 16 are a few too many."""
+    DRAWN: int
+    """Of 16 blocks of random bits, those that a thread draws before it rounds, in four registers each."""
 
     @property
     def shared_bytes(self) -> int:
@@ -110,4 +110,4 @@ def update_program(dtype: Dtype, tile: UpdateTile) -> Any:
 
 def choose_update_tile(N: int) -> UpdateTile:
     """How the work of a layer of N rows is shared out: two blocks share x if there is a second row of tiles."""
-    return UpdateTile(STAGES=4, CLUSTER=2 if N > BLOCK_N else 1, PANEL=8, SKEW=3)
+    return UpdateTile(STAGES=4, CLUSTER=2 if N > BLOCK_N else 1, PANEL=8, SKEW=3, DRAWN=8)

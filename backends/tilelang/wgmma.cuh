@@ -138,7 +138,9 @@ __device__ __forceinline__ void wgmma(float* d, const uint32_t* a, uint64_t b, b
 // the other, swizzled by 128 bytes. 8 rows are a core matrix. Add 8 for each row to move on.
 template <int ROWS>
 __device__ __forceinline__ uint64_t transposed_descriptor(const void* matrix) {
-  return shared_address(matrix) >> 4 | static_cast<uint64_t>(ROWS * 128 / 16) << 16 | 64ull << 32 | 1ull << 62;
+  // In a cluster, addresses have the rank of the block above their 18 bits, where a descriptor has the stride of boxes.
+  return (shared_address(matrix) & 0x3FFFF) >> 4 | static_cast<uint64_t>(ROWS * 128 / 16) << 16 | 64ull << 32 |
+         1ull << 62;
 }
 // d = Aᵀ · B, plus d if ``add``: A [16, 64] and B [16, N] in shared memory, d [64, N] in float32.
 template <typename Float, int N>

@@ -267,14 +267,10 @@ inline void __syncwarp() { emulated::warp().barrier.arrive_and_wait("__syncwarp"
 inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
 inline uint32_t __float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-// Bit 3 of a selector: its sign eight times, in place of the byte.
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
   uint32_t result = 0;
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t byte = static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7)) & 0xFF;
-    result |= (selector >> 4 * i & 8 ? byte >> 7 ? 0xFF : 0 : byte) << 8 * i;
-  }
+  for (int i = 0; i < 4; ++i) result |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
   return result;
 }
 // Of two int16 in each word.

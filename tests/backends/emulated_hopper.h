@@ -63,6 +63,14 @@ inline float multiply_clamped(float a, float b) {
   return product > 0 ? min(product, 1.0f) : 0;
 }
 
+template <uint32_t SELECTOR>
+uint32_t sign_extended(uint32_t word) {
+  static_assert(SELECTOR == 0xA280 || SELECTOR == 0xB391);
+  const int first = SELECTOR & 1;
+  const auto half = [&](int i) { return static_cast<uint16_t>(static_cast<int8_t>(word >> 8 * (first + 2 * i))); };
+  return static_cast<uint32_t>(half(1)) << 16 | half(0);
+}
+
 template <typename Float>
 uint32_t float_bits(uint32_t word) {
   return std::bit_cast<uint32_t>(static_cast<float>(std::bit_cast<Float>(static_cast<uint16_t>(word))));

@@ -45,7 +45,7 @@ class UpdateCase:
     CLUSTER: int = 1
     PANEL: int = 2
     SKEW: int = 0
-    DRAWN: int = 15
+    DRAWN: int = 5
 
     def tile(self) -> Any:
         from ternarize.backends.tilelang.update_wgmma import UpdateTile
@@ -54,7 +54,7 @@ class UpdateCase:
 
 
 CASES = {
-    "one token": UpdateCase(M=1, N=8, K=8),
+    "one token": UpdateCase(M=1, N=8, K=8, DRAWN=0),
     "one tile": UpdateCase(M=130, N=128, K=256, dtype="float16", STAGES=4),
     "several tiles": UpdateCase(M=70, N=200, K=528),
     "several tiles, skewed": UpdateCase(M=1100, N=200, K=528, STAGES=3, SKEW=2, DRAWN=16),
@@ -124,7 +124,8 @@ def _operands(case: UpdateCase) -> tuple[Tensor, Tensor]:
 
 def _assert_equal(layer: TernaryLinear, expected: TernaryLinear) -> None:
     for got, wanted in zip(staged(layer), staged(expected), strict=True):
-        assert torch.equal(got, wanted)
+        # Sums of squares may be too large for float32 to be exact.
+        torch.testing.assert_close(got, wanted, rtol=1e-6 if got.is_floating_point() else 0, atol=0)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -47,9 +47,10 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
   uint8_t* const s_grad = static_cast<uint8_t*>(shared);
   uint8_t* const s_x = s_grad + STAGES * GRAD_BYTES;
   float* const s_sums = reinterpret_cast<float*>(s_x + STAGES * X_BYTES);  // [warpgroup][warp][column]
-  uint64_t* const full = reinterpret_cast<uint64_t*>(s_sums + 2 * 4 * BLOCK_K);
+  float* const s_factors = s_sums + 2 * 4 * BLOCK_K;                       // [warpgroup][column]
+  uint64_t* const full = reinterpret_cast<uint64_t*>(s_factors + 2 * BLOCK_K);
   uint64_t* const empty = full + STAGES;
-  static_assert(STAGES * (GRAD_BYTES + X_BYTES + 16) + 2 * 4 * BLOCK_K * 4 <= SHARED_BYTES);
+  static_assert(STAGES * (GRAD_BYTES + X_BYTES + 16) + 2 * 5 * BLOCK_K * 4 <= SHARED_BYTES);
   static_assert(SKEW <= STAGES && 0 <= DRAWN && DRAWN <= BLOCK_K / 16);
 
   const int thread = threadIdx.x % 128, warpgroup = threadIdx.x / 128;
@@ -183,23 +184,27 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
       }
       if (SKEW > 0 && warpgroup == 0 && skewed) named_barrier_arrive(FIRST_IS_DONE, 256);
 
-      // Where this lane stages 8 columns of a row, or null outside the layer.
-      auto place_of = [&](int half, int run) -> uint2* {
-        const int k = k0 + run * 32 + quad * 8;
-        if (n[half] >= N || k >= K) return nullptr;
-        return reinterpret_cast<uint2*>(staged + static_cast<int64_t>(n[half]) * K + k);
-      };
+      // Where this lane stages 8 columns of a run of 32, and how many there are from there on.
+      uint2* places[2];
+      int left[2];
+      float factors[2], squares[2] = {};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        places[half] = reinterpret_cast<uint2*>(staged + static_cast<int64_t>(n[half]) * K + k0 + quad * 8);
+        left[half] = n[half] < N ? K - k0 - quad * 8 : 0;
+        factors[half] = n[half] < N ? row_factor[n[half]] * (1.0f / CLIP) : 0.0f;
+      }
       // To the first micro-batch there is nothing to add: a commit leaves zeros.
       auto load_staged = [&](int run, uint2 (&to)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          if (const uint2* const place = place_of(half, run); place != nullptr && count > 0) to[half] = *place;
+          if (count > 0 && left[half] > run * 32) to[half] = places[half][run * 4];
       };
       uint2 old[2] = {};
       load_staged(0, old);
-      float factors[2], squares[2] = {};
-#pragma unroll
-      for (int half = 0; half < 2; ++half) factors[half] = n[half] < N ? row_factor[n[half]] * (1.0f / CLIP) : 0.0f;
+      float* const column_factors = s_factors + warpgroup * BLOCK_K;
+      for (int c = thread; c < BLOCK_K; c += 128) column_factors[c] = k0 + c < K ? col_factor[k0 + c] : 0.0f;
+      named_barrier(1 + warpgroup, 128);
       wgmma_wait<0>();
       keep(G);
       release(previous);
@@ -207,14 +212,13 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
       float* const column_sums = s_sums + (warpgroup * 4 + warp) * BLOCK_K;
 #pragma unroll
       for (int run = 0; run < BLOCK_K / 32; ++run) {
-        const int first_k = k0 + run * 32;
         const float* const g = G + run * 16;
         uint2 next[2] = {};
         if (run + 1 < BLOCK_K / 32) load_staged(run + 1, next);
         float sums[8], columns[8];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const float2 pair = *reinterpret_cast<const float2*>(col_factor + min(first_k + j * 8 + quad * 2, K - 2));
+          const float2 pair = *reinterpret_cast<const float2*>(column_factors + run * 32 + j * 8 + quad * 2);
           columns[2 * j] = pair.x;
           columns[2 * j + 1] = pair.y;
 #pragma unroll
@@ -242,7 +246,7 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
           }
           uint2 u = transpose(pairs);
           if (count > 0) u = {add_saturating(old[half].x, u.x), add_saturating(old[half].y, u.y)};
-          if (uint2* const place = place_of(half, run)) *place = u;
+          if (left[half] > run * 32) places[half][run * 4] = u;
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) old[half] = next[half];

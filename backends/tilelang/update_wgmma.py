@@ -41,8 +41,8 @@ class UpdateTile:
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of a block: its stages with two barriers each, and sums of columns of 8 warps."""
-        return self.STAGES * ((BLOCK_N + BLOCK_K) * BOX[0] * 2 + 16) + 8 * BLOCK_K * 4
+        """Shared memory of a block: stages with two barriers each, sums of columns of 8 warps, factors for 2 of 4."""
+        return self.STAGES * ((BLOCK_N + BLOCK_K) * BOX[0] * 2 + 16) + (8 + 2) * BLOCK_K * 4
 
 
 def parts_shapes(N: int, K: int) -> tuple[tuple[int, int], tuple[int, int]]:

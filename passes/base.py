@@ -80,7 +80,8 @@ def mutates(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
         return bool(node.target._schema.is_mutable)
     name = getattr(node.target, "__name__", "")
-    inplace = name.endswith("_") and not name.endswith("__")
+    # The operator module has and_, or_, not_ and is_, which are keywords without the underscore.
+    inplace = name.endswith("_") and not name.endswith("__") and getattr(node.target, "__module__", "") != "_operator"
     return inplace or node.target in _INPLACE_OPERATORS or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import StaticCache
 
 from ternarize.bench import llama, step
 from ternarize.bench.llama import SHAPES, layers_that_fit, model_config, random_model
@@ -83,6 +84,19 @@ def test_a_ternary_model_is_frozen_integers_and_a_dense_head() -> None:
 def test_models_are_the_same_each_time() -> None:
     first, second = (random_model(TINY, TERNARY, dtype=torch.bfloat16, device=CPU).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_heads_in_groups_attend_as_transformers_has_them() -> None:
+    model: Any = random_model(TINY, None, dtype=torch.float32, device=CPU)
+    tokens = torch.randint(64, (3, 9), generator=torch.Generator().manual_seed(0))
+    logits = []
+    for attend in (lambda _: None, llama.attend_in_groups):
+        cache = StaticCache(config=model.config, max_cache_len=12)
+        with torch.no_grad():
+            model(tokens[:, :-1], past_key_values=cache, use_cache=True)
+            attend(model)
+            logits.append(model(tokens[:, -1:], past_key_values=cache, use_cache=True).logits)
+    torch.testing.assert_close(*logits)
 
 
 def test_a_shape_is_a_name_or_a_file(tmp_path: Path) -> None:

@@ -83,4 +83,6 @@ def update_stage(
             finish_stage(status[i], (stage_row[i], stage_col[i]), parts)
 
 
-update_apply = functools.partial(reference.update_apply, halves=(update_stage, update_commit))
+update_apply = functools.partial(
+    reference.update_apply, halves=(update_stage, functools.partial(update_commit, clear=False))
+)

@@ -250,7 +250,7 @@ def commit_groups_and_vectors(
 
 
 def fixed_step(lr: Tensor, unit: float) -> Tensor:
-    """lr · unit in units of 2^-16, at most `MAX_STEP`: int32."""
+    """int32 of lr · unit in units of 2^-16, at most `MAX_STEP`."""
     return torch.floor(lr * unit * ONE + 0.5).clamp_max(MAX_STEP).to(torch.int32)
 
 

@@ -10,8 +10,8 @@ _GRADIENT_STREAM = tl.constexpr(GRADIENT_STREAM)
 _FRACTION_BITS = tl.constexpr(FRACTION_BITS)
 _ONE = tl.constexpr(float(2**FRACTION_BITS))
 
-#: Added to 1.5 · 2^23, a float32 below 2^22 is rounded to an integer, to nearest with ties to even, which then is in the
-#: last bits of the sum: one instruction, of sixteen times the rate of a conversion.
+#: Added to 1.5 · 2^23, a float32 below 2^22 is rounded to an integer, to nearest with ties to even, and that is in the
+#: last bits of the sum: an addition, of which a GPU does more a second than of conversions.
 _MAGIC = tl.constexpr(12582912.0)
 _MAGIC_BITS = tl.constexpr(0x4B400000)
 
@@ -89,7 +89,7 @@ def gradient_bits(
     WIDTH: tl.constexpr = G.shape[1]
     blocks = tl.reshape(run[:, None] * 4 + tl.arange(0, 4)[None, :], (WIDTH // 8,))
     block = (n.to(tl.int64) * (4 * runs))[:, None] + blocks[None, :]
-    # Zero, which only LLVM finds out: until then it makes Triton lay the blocks out as G, instead of moving their words.
+    # Zero, which only LLVM finds out. Until then it makes Triton lay the blocks out as G, so that no word has to move.
     block += ((first_of_eight(G).to(tl.uint32, bitcast=True) >> 16) >> 16).to(tl.int64)
     w0, w1, w2, w3 = random_words(key, micro_batch + _GRADIENT_STREAM, block)
     words = tl.reshape(interleave(w0, w1, w2, w3), (ROWS, run.shape[0], 4, 4))

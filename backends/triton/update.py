@@ -23,7 +23,7 @@ from ternarize.backends.triton.update_vectors import commit_vectors, finish_stag
 from ternarize.packing import ROW
 
 #: Runs that a program of a commit takes at a time, its warps, a run a thread, and programs a multiprocessor.
-COMMIT_RUNS, COMMIT_WARPS, COMMIT_PROGRAMS = 128, 4, 10
+COMMIT_RUNS, COMMIT_WARPS, COMMIT_PROGRAMS = 128, 4, 8
 
 #: Neighbouring packed bytes of a thread. Their weights are four words, a quarter of a group apart, and each word's four
 #: share a block of random numbers. More would load wider, and no code that long stays in an SM's instruction cache.
@@ -50,9 +50,11 @@ def step_factored(
     """`reference.factored_rule`: new trits, accumulators and momenta, all int32 as what is given."""
     for_momentum, for_accum = (words & 0xFFFF).to(tl.int32), (words >> 16).to(tl.int32)
     momentum = clamp(round_off(momentum * _MOMENTUM_KEPT + staged * pull, for_momentum), limit)
-    accum = round_off(accum * _ONE - momentum * step, for_accum)
-    moved = clamp(T + (accum >= bar).to(tl.int32) - (accum <= -bar).to(tl.int32), 1)
-    return moved, clamp(accum - 2 * theta * (moved - T), theta), momentum
+    accum = round_off(accum * _ONE + momentum * step, for_accum)
+    # -1 where the accumulator is at its bar and the trit is not at its end: by sign bits, in fewer instructions.
+    up, down = ((bar - 1 - accum) & (T - 1)) >> 31, ((accum + bar - 1) & ~T) >> 31
+    back = up - down
+    return T - back, clamp(accum + 2 * theta * back, theta), momentum
 
 
 @triton.jit
@@ -60,7 +62,7 @@ def step_sign(
     T: tl.tensor, staged: tl.tensor, accum: tl.tensor, words: tl.tensor, step: tl.tensor, bar: tl.tensor
 ) -> tl.tuple:
     """`reference.sign_rule`: new trits and accumulators, all int32 as what is given."""
-    accum = round_off(accum * _ONE - staged * step, (words >> 16).to(tl.int32))
+    accum = round_off(accum * _ONE + staged * step, (words >> 16).to(tl.int32))
     turn = (accum >= bar).to(tl.int32) - (accum <= -bar).to(tl.int32)
     return clamp(T + turn, 1), clamp(tl.where(turn != 0, 0, accum), 127)
 
@@ -69,10 +71,10 @@ def step_sign(
 def load_quarters(plane: tl.tensor, at: tl.tensor, inside: tl.tensor) -> tl.tuple:
     """The weights of the lowest codes of some bytes of a plane, of the next and so on: int8, four times."""
     return (
-        tl.load(plane + at[0], mask=inside[0], other=0),
-        tl.load(plane + at[1], mask=inside[1], other=0),
-        tl.load(plane + at[2], mask=inside[2], other=0),
-        tl.load(plane + at[3], mask=inside[3], other=0),
+        tl.load(plane + at[0], mask=inside[0]),
+        tl.load(plane + at[1], mask=inside[1]),
+        tl.load(plane + at[2], mask=inside[2]),
+        tl.load(plane + at[3], mask=inside[3]),
     )
 
 
@@ -84,6 +86,7 @@ def commit_kernel(
     rng: tl.tensor,
     stage: tl.tensor,
     status: tl.tensor,
+    committed: tl.tensor,
     refuse: tl.tensor,
     lr: tl.tensor,
     rate: tl.tensor,
@@ -97,8 +100,9 @@ def commit_kernel(
     FACTORED: tl.constexpr,
     RUNS: tl.constexpr,
     QUARTER: tl.constexpr,
+    CLEAR: tl.constexpr,
 ) -> None:
-    """Clears a layer's stage and, unless refused, steps its integers, RUNS runs of packed bytes at a time.
+    """Steps a layer's integers unless refused, and clears its stage if CLEAR, RUNS runs of packed bytes at a time.
 
     ``rate`` times the learning rate is what an accumulator loses for a unit of momentum (`factored`) or for a vote
     (`sign`), and ``bar`` where a trit steps; theta, unit and limit are those of `FORMS`. QUARTER is a quarter of the
@@ -106,11 +110,14 @@ def commit_kernel(
 
     The compiler moves no load over a store or out of a loop. So what all weights share is loaded once, by few programs:
     an L2 cache gives the same line to one multiprocessor after the other, and many small programs would wait for it.
+    ``committed`` is told the count of micro-batches.
     """
     column = tl.arange(0, _RUN)[None, :]
     count, key, loss = tl.load(status + 1), load_key(rng), tl.load(lr) * rate
+    if tl.program_id(0) == 0:
+        tl.store(committed, count)
     active = (tl.load(refuse) == 0) & (count > 0)
-    step = tl.minimum(tl.floor(loss * _ONE + 0.5), _MAX_STEP).to(tl.int32)
+    step = -tl.minimum(tl.floor(loss * _ONE + 0.5), _MAX_STEP).to(tl.int32)
     pull = (2 * unit * (_ONE - _MOMENTUM_KEPT) + count) // (2 * tl.maximum(count, 1))
     runs = tl.cdiv(N * tl.cdiv(K, 4), _RUN)
     for first_run in range(tl.program_id(0) * RUNS, runs, tl.num_programs(0) * RUNS):
@@ -138,12 +145,14 @@ def commit_kernel(
                 there & (3 * quarter + in_group < size),
             )
         at = (first, first + quarter, first + 2 * quarter, first + 3 * quarter)
-        codes = tl.load(T_packed + byte, mask=there, other=0).to(tl.int32)
+        codes = tl.load(T_packed + byte, mask=there).to(tl.int32)
         staged = load_quarters(stage, at, inside)
         accum = load_quarters(T_accum, at, inside)
         momentum = accum
         if T_momentum is not None:
             momentum = load_quarters(T_momentum, at, inside)
+        # Else each load is moved down to where its value is needed, and waited for there.
+        tl.debug_barrier()
         if active:
             moved_codes = tl.zeros_like(codes)
             for i in tl.static_range(4):
@@ -171,7 +180,7 @@ def commit_kernel(
                 code = moved & 3 if QUARTER > 0 else tl.where(inside[i], moved & 3, 0)
                 moved_codes |= code << (2 * i)
             tl.store(T_packed + byte, moved_codes.to(tl.uint8), mask=there)
-        for i in tl.static_range(4):
+        for i in tl.static_range(4 if CLEAR else 0):
             tl.store(stage + at[i], tl.zeros((RUNS, _RUN), tl.int8), mask=inside[i])
 
 
@@ -234,13 +243,19 @@ def update_commit(
     exponent_threshold: int,
     group_size: int,
     rule: str,
+    *,
+    clear: bool = True,
 ) -> None:
-    """Apply and clear the stage of one layer; change nothing else if ``refuse`` is set or nothing is staged."""
+    """Apply and clear the stage of one layer; change nothing else if ``refuse`` is set or nothing is staged.
+
+    Without ``clear`` the integers in the stage stay, for one that is thrown away.
+    """
     N, K = T_accum.shape
     theta, unit, limit = reference.FORMS["int4" if T_momentum is None else "int8"]
     rate, bar = 1.0, threshold
     if rule == "factored":
         rate, bar = 2 * theta / unit, theta + (T_momentum is None)
+    committed = torch.empty_like(refuse)
     with torch.cuda.device_of(T_packed):
         programs = triton.cdiv(T_packed.numel(), _RUN.value * COMMIT_RUNS)
         commit_kernel[(min(programs, COMMIT_PROGRAMS * multiprocessors(T_packed.device)),)](
@@ -250,6 +265,7 @@ def update_commit(
             rng,
             stage,
             status,
+            committed,
             refuse,
             lr,
             rate,
@@ -263,13 +279,25 @@ def update_commit(
             FACTORED=rule == "factored",
             RUNS=COMMIT_RUNS,
             QUARTER=quarter_of(K, group_size),
+            CLEAR=clear,
             num_warps=COMMIT_WARPS,
+            enable_fp_fusion=False,
         )
         commit_vectors(
-            E, E_accum, row_log2, col_log2, stage_E, stage_row, stage_col, status, refuse, exponent_threshold
+            E,
+            E_accum,
+            row_log2,
+            col_log2,
+            stage_E,
+            stage_row,
+            stage_col,
+            status,
+            committed,
+            refuse,
+            exponent_threshold,
         )
-    # After all of them: each reads the count.
-    status.zero_()
 
 
-update_apply = functools.partial(reference.update_apply, halves=(update_stage, update_commit))
+update_apply = functools.partial(
+    reference.update_apply, halves=(update_stage, functools.partial(update_commit, clear=False))
+)

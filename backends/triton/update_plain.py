@@ -120,9 +120,9 @@ def stage_kernel(
 
 def runs_of_32(in_features: int, group_size: int) -> bool:
     """Whether every 32 neighbouring columns of a tile start at a multiple of 32, and so share blocks of Philox."""
-    size, chunks, _, BLOCK_C = tiling(in_features, group_size)
-    in_order = 4 * BLOCK_C == size
-    return in_features % size == 0 and size % (32 if in_order and chunks == 1 else 128) == 0
+    size, _, _, BLOCK_C = tiling(in_features, group_size)
+    # A tile of a whole group has its columns in order, others have four runs of `BLOCK_C`.
+    return in_features % size == 0 and size % (32 if size == 4 * BLOCK_C else 128) == 0
 
 
 def stage_anywhere(

@@ -1,8 +1,8 @@
 """The stage of `factored` on Hopper: G by tensor memory accelerator and wgmma, made integers where it was summed.
 
-A tile of G takes all registers of its warps, and its integers cost about a tenth of its products in instructions. So
-they are made a slice of columns at a time, which spills nothing, and two programs fit an SM: one multiplies while the
-other rounds. Tiles are numbered in panels of rows, so that those that run together share operands in L2.
+A tile of G takes half of the registers of its warps, and its integers about 23 instructions a weight. They are made a
+slice of columns at a time, which spills nothing. Tiles are numbered in panels of rows, so that those that run together
+share operands in L2.
 """
 
 from typing import NamedTuple
@@ -41,14 +41,13 @@ class Tile(NamedTuple):
     num_warps: int
     PANEL: int
     """Rows of tiles that are taken together, column by column."""
-    persistent: bool
-    """Whether a program takes several tiles, and loads the next while it rounds the last."""
 
 
 #: From large to small: the first of which there are as many as SMs is taken, else the last.
 TILES = (
-    Tile(128, 128, 64, SLICES=4, num_stages=3, num_warps=4, PANEL=16, persistent=False),
-    Tile(64, 64, 64, SLICES=2, num_stages=4, num_warps=4, PANEL=8, persistent=False),
+    Tile(256, 128, 64, SLICES=4, num_stages=4, num_warps=8, PANEL=8),
+    Tile(128, 128, 64, SLICES=4, num_stages=3, num_warps=4, PANEL=16),
+    Tile(64, 64, 64, SLICES=2, num_stages=4, num_warps=4, PANEL=8),
 )
 
 
@@ -60,10 +59,17 @@ def halves(tile: tl.tensor) -> tl.tuple:
 
 
 @triton.jit
+def factors(col_factor: tl.tensor, first: tl.tensor, K: tl.tensor, WIDTH: tl.constexpr) -> tl.tensor:
+    """Factors of columns from ``first`` on."""
+    k = first + tl.arange(0, WIDTH)
+    return tl.load(col_factor + k, mask=k < K, other=0.0)
+
+
+@triton.jit
 def stage_slice(
     G: tl.tensor,
-    row_factor: tl.tensor,
-    col_factor: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
     key: tl.tuple,
     count: tl.tensor,
     stage: tl.tensor,
@@ -72,15 +78,19 @@ def stage_slice(
     first: tl.tensor,
     N: tl.tensor,
     K: tl.tensor,
+    WARPS: tl.constexpr,
 ) -> tl.tensor:
-    """Stage the columns of G from ``first`` on; returns the sums of squares of its rows."""
+    """Stage the columns of G from ``first`` on, given the factors; returns the sums of squares of its rows."""
+    ROWS: tl.constexpr = G.shape[0]
     WIDTH: tl.constexpr = G.shape[1]
     k = first + tl.arange(0, WIDTH)
-    columns = tl.load(col_factor + k, mask=k < K, other=0.0)
     square = G * G
-    tl.store(col_part + k, tl.sum(square, 0), mask=k < K)
+    # Warp w has rows 16 · w to 16 · w + 15 of every 16 · WARPS. What it adds stays within it.
+    of_warps = tl.reshape(square, (ROWS // (16 * WARPS), WARPS, 16, WIDTH))
+    part = col_part + (tl.arange(0, WARPS).to(tl.int64) * K)[:, None] + k[None, :]
+    tl.store(part, tl.sum(tl.sum(of_warps, 0), 1), mask=(k < K)[None, :])
     bits = gradient_bits(key, count, n, first // 32 + tl.arange(0, WIDTH // 32), tl.cdiv(K, 32), G)
-    u = round_off(to_fixed(clamp(G * row_factor[:, None] * columns[None, :], _CLIP)), bits).to(tl.int8)
+    u = round_off(to_fixed(clamp(G * rows[:, None] * columns[None, :], _CLIP)), bits).to(tl.int8)
     place = stage + n.to(tl.int64)[:, None] * K + k[None, :]
     inside = (n < N)[:, None] & (k < K)[None, :]
     # To the first micro-batch there is nothing to add: a commit leaves zeros.
@@ -88,63 +98,6 @@ def stage_slice(
         u = clamp(tl.load(place, mask=inside, other=0).to(tl.int32) + u.to(tl.int32), 127).to(tl.int8)
     tl.store(place, u, mask=inside)
     return tl.sum(square, 1)
-
-
-@triton.jit
-def stage_tile(
-    tile: tl.tensor,
-    grad_y: tl.tensor,
-    x: tl.tensor,
-    row_factor: tl.tensor,
-    col_factor: tl.tensor,
-    rng: tl.tensor,
-    stage: tl.tensor,
-    row_parts: tl.tensor,
-    col_parts: tl.tensor,
-    status: tl.tensor,
-    M: tl.tensor,
-    N: tl.tensor,
-    K: tl.tensor,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SLICES: tl.constexpr,
-    PANEL: tl.constexpr,
-) -> None:
-    """One tile of the stage, [BLOCK_N, BLOCK_K]."""
-    tiles_n, tiles_k = tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
-    panel, place = tile // (PANEL * tiles_k), tile % (PANEL * tiles_k)
-    height = tl.minimum(tiles_n - panel * PANEL, PANEL)
-    tile_n, tile_k = panel * PANEL + place % height, place // height
-    first_n, first_k = tile_n * BLOCK_N, tile_k * BLOCK_K
-    G = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for m in range(0, M, BLOCK_M):
-        g = grad_y.load([m, first_n])
-        a = x.load([m, first_k])
-        G = tl.dot(g.T, a, G, input_precision="ieee")
-
-    n = first_n + tl.arange(0, BLOCK_N)
-    rows = tl.load(row_factor + n, mask=n < N, other=0.0)
-    count, key = tl.load(status + 1), load_key(rng)
-    col_part = col_parts + tile_n.to(tl.int64) * K
-    WIDTH: tl.constexpr = BLOCK_K // SLICES
-    left, right = halves(G)
-    if SLICES == 2:
-        total = stage_slice(left, rows, col_factor, key, count, stage, col_part, n, first_k, N, K)
-        total += stage_slice(right, rows, col_factor, key, count, stage, col_part, n, first_k + WIDTH, N, K)
-    else:
-        s0, s1 = halves(left)
-        s2, s3 = halves(right)
-        total = stage_slice(s0, rows, col_factor, key, count, stage, col_part, n, first_k, N, K)
-        total += stage_slice(s1, rows, col_factor, key, count, stage, col_part, n, first_k + WIDTH, N, K)
-        total += stage_slice(s2, rows, col_factor, key, count, stage, col_part, n, first_k + 2 * WIDTH, N, K)
-        total += stage_slice(s3, rows, col_factor, key, count, stage, col_part, n, first_k + 3 * WIDTH, N, K)
-    tl.store(row_parts + tile_k.to(tl.int64) * N + n, total, mask=n < N)
-
-    # Comparisons with NaN are false. A sum that is not finite may still be one of large squares.
-    if tl.max((total <= _FLOAT32_MAX).to(tl.int32) ^ 1, 0) > 0:
-        broken = tl.max(tl.max((tl.abs(G) <= _FLOAT32_MAX).to(tl.int32) ^ 1, 1), 0)
-        tl.atomic_or(status, _NONFINITE_GRADIENT, mask=broken > 0)
 
 
 @triton.jit
@@ -166,21 +119,53 @@ def stage_tma_kernel(
     BLOCK_K: tl.constexpr,
     SLICES: tl.constexpr,
     PANEL: tl.constexpr,
-    PERSISTENT: tl.constexpr,
+    WARPS: tl.constexpr,
 ) -> None:
-    """The tiles of one program; grad_y and x are tensor descriptors of [BLOCK_M, BLOCK_N] and [BLOCK_M, BLOCK_K]."""
-    if PERSISTENT:
-        tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(K, BLOCK_K)
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-            stage_tile(
-                tile, grad_y, x, row_factor, col_factor, rng, stage, row_parts, col_parts, status, M, N, K,
-                BLOCK_M, BLOCK_N, BLOCK_K, SLICES, PANEL,
-            )  # fmt: skip
+    """One tile of the stage, [BLOCK_N, BLOCK_K]; descriptors have tiles of [BLOCK_M, BLOCK_N] and [BLOCK_M, BLOCK_K].
+
+    Each tile is a program of its own. Programs that stay, and load the next tile while they round the last, were five
+    to ten times slower on an H100: their registers spill in the loop over the tokens.
+    """
+    tiles_n, tiles_k = tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
+    tile = tl.program_id(0)
+    panel, place = tile // (PANEL * tiles_k), tile % (PANEL * tiles_k)
+    height = tl.minimum(tiles_n - panel * PANEL, PANEL)
+    tile_n, tile_k = panel * PANEL + place % height, place // height
+    first_n, first_k = tile_n * BLOCK_N, tile_k * BLOCK_K
+    n = first_n + tl.arange(0, BLOCK_N)
+    WIDTH: tl.constexpr = BLOCK_K // SLICES
+    # What the integers need is loaded before the products, and factors of columns a slice ahead: no slice waits.
+    count, key = tl.load(status + 1), load_key(rng)
+    rows = tl.load(row_factor + n, mask=n < N, other=0.0)
+    columns = factors(col_factor, first_k, K, WIDTH)
+    col_part = col_parts + tile_n.to(tl.int64) * WARPS * K
+    G = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for m in range(0, M, BLOCK_M):
+        g = grad_y.load([m, first_n])
+        a = x.load([m, first_k])
+        G = tl.dot(g.T, a, G, input_precision="ieee")
+
+    left, right = halves(G)
+    if SLICES == 2:
+        next_columns = factors(col_factor, first_k + WIDTH, K, WIDTH)
+        total = stage_slice(left, rows, columns, key, count, stage, col_part, n, first_k, N, K, WARPS)
+        total += stage_slice(right, rows, next_columns, key, count, stage, col_part, n, first_k + WIDTH, N, K, WARPS)
     else:
-        stage_tile(
-            tl.program_id(0), grad_y, x, row_factor, col_factor, rng, stage, row_parts, col_parts, status, M, N, K,
-            BLOCK_M, BLOCK_N, BLOCK_K, SLICES, PANEL,
-        )  # fmt: skip
+        s0, s1 = halves(left)
+        s2, s3 = halves(right)
+        columns_1 = factors(col_factor, first_k + WIDTH, K, WIDTH)
+        total = stage_slice(s0, rows, columns, key, count, stage, col_part, n, first_k, N, K, WARPS)
+        columns_2 = factors(col_factor, first_k + 2 * WIDTH, K, WIDTH)
+        total += stage_slice(s1, rows, columns_1, key, count, stage, col_part, n, first_k + WIDTH, N, K, WARPS)
+        columns_3 = factors(col_factor, first_k + 3 * WIDTH, K, WIDTH)
+        total += stage_slice(s2, rows, columns_2, key, count, stage, col_part, n, first_k + 2 * WIDTH, N, K, WARPS)
+        total += stage_slice(s3, rows, columns_3, key, count, stage, col_part, n, first_k + 3 * WIDTH, N, K, WARPS)
+    tl.store(row_parts + tile_k.to(tl.int64) * N + n, total, mask=n < N)
+
+    # Comparisons with NaN are false. A sum that is not finite may still be one of large squares.
+    if tl.max((total <= _FLOAT32_MAX).to(tl.int32) ^ 1, 0) > 0:
+        broken = tl.max(tl.max((tl.abs(G) <= _FLOAT32_MAX).to(tl.int32) ^ 1, 1), 0)
+        tl.atomic_or(status, _NONFINITE_GRADIENT, mask=broken > 0)
 
 
 def takes(grad_y: Tensor, x: Tensor) -> bool:
@@ -233,13 +218,12 @@ def stage_factored(
         Sums of G² over the rows and columns of each tile, float32 [tiles, N] and [tiles, K].
     """
     (M, N), K = grad_y.shape, x.shape[1]
-    processors = multiprocessors(x.device)
-    tile = tile or tile_of(N, K, processors)
+    tile = tile or tile_of(N, K, multiprocessors(x.device))
     tiles_n, tiles_k = triton.cdiv(N, tile.BLOCK_N), triton.cdiv(K, tile.BLOCK_K)
+    warps = min(tile.num_warps, tile.BLOCK_N // 16)
     row_parts = stage.new_empty((tiles_k, N), dtype=torch.float32)
-    col_parts = stage.new_empty((tiles_n, K), dtype=torch.float32)
-    programs = tiles_n * tiles_k
-    stage_tma_kernel[(min(programs, processors) if tile.persistent else programs,)](
+    col_parts = stage.new_empty((tiles_n * warps, K), dtype=torch.float32)
+    stage_tma_kernel[(tiles_n * tiles_k,)](
         TensorDescriptor.from_tensor(grad_y, [tile.BLOCK_M, tile.BLOCK_N]),
         TensorDescriptor.from_tensor(x, [tile.BLOCK_M, tile.BLOCK_K]),
         row_factor,
@@ -257,7 +241,7 @@ def stage_factored(
         BLOCK_K=tile.BLOCK_K,
         SLICES=tile.SLICES,
         PANEL=tile.PANEL,
-        PERSISTENT=tile.persistent,
+        WARPS=warps,
         num_stages=tile.num_stages,
         num_warps=tile.num_warps,
         enable_fp_fusion=False,

@@ -21,10 +21,11 @@ _E_MAX = tl.constexpr(E_MAX)
 
 #: Elements a program, and partial sums that it loads at once. Few, so that a vector keeps many SMs busy.
 _BLOCK = 64
-_PARTS = tl.constexpr(32)
+_PARTS = tl.constexpr(64)
 
-#: Elements a program of `normalisers`, each of which takes the mean over all rows: more would wait for fewer programs.
+#: Elements a program of `normalisers`, and rows that it adds up at once: each takes the mean over all rows.
 _NORMALISED = 1024
+_ADDED = tl.constexpr(4096)
 
 
 @triton.jit
@@ -41,9 +42,9 @@ def normalisers_kernel(
     programs = tl.cdiv(N, BLOCK)
     program = tl.program_id(0)
     if program < programs:
-        total = tl.zeros((BLOCK,), tl.float64)
-        for first in range(0, N, BLOCK):
-            n = first + tl.arange(0, BLOCK)
+        total = tl.zeros((_ADDED,), tl.float64)
+        for first in range(0, N, _ADDED):
+            n = first + tl.arange(0, _ADDED)
             log2 = tl.load(row_log2 + n, mask=n < N, other=0).to(tl.float64) / 256
             total += tl.where(n < N, tl.exp2(log2), 0.0)
         n = program * BLOCK + tl.arange(0, BLOCK)
@@ -157,6 +158,7 @@ def commit_vectors_kernel(
     stage_row: tl.tensor,
     stage_col: tl.tensor,
     status: tl.tensor,
+    committed: tl.tensor,
     refuse: tl.tensor,
     N: tl.tensor,
     K: tl.tensor,
@@ -164,9 +166,12 @@ def commit_vectors_kernel(
     exponent_threshold: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """BLOCK rows, columns or exponents of a layer."""
+    """BLOCK rows, columns or exponents of a layer; the first program clears its status."""
     program = tl.program_id(0)
-    count = tl.load(status + 1)
+    if program == 0:
+        tl.store(status, 0)
+        tl.store(status + 1, 0)
+    count = tl.load(committed)
     active = (tl.load(refuse) == 0) & (count > 0)
     if stage_row is not None:
         rows, columns = tl.cdiv(N, BLOCK), tl.cdiv(K, BLOCK)
@@ -186,7 +191,7 @@ def normalisers(row_log2: Tensor, col_log2: Tensor) -> tuple[Tensor, Tensor]:
     N, K = row_log2.shape[0], col_log2.shape[0]
     row_factor, col_factor = (vector.new_empty(vector.shape, dtype=torch.float32) for vector in (row_log2, col_log2))
     normalisers_kernel[(triton.cdiv(N, _NORMALISED) + triton.cdiv(K, _NORMALISED),)](
-        row_log2, col_log2, row_factor, col_factor, N, K, BLOCK=_NORMALISED, num_warps=8, enable_fp_fusion=False
+        row_log2, col_log2, row_factor, col_factor, N, K, BLOCK=_NORMALISED, num_warps=32, enable_fp_fusion=False
     )
     return row_factor, col_factor
 
@@ -221,29 +226,33 @@ def commit_vectors(
     stage_row: Tensor | None,
     stage_col: Tensor | None,
     status: Tensor,
+    committed: Tensor,
     refuse: Tensor,
     exponent_threshold: int,
 ) -> None:
-    """`reference.commit_groups_and_vectors`, but for ``status``, which stays as it is."""
+    """`reference.commit_groups_and_vectors`, with the count of micro-batches in ``committed``, int32 [1].
+
+    Some of its programs are done before others start: they cannot read a count that one of them clears.
+    """
     N, K = (0, 0) if stage_row is None or stage_col is None else (stage_row.shape[0], stage_col.shape[0])
     exponents = 0 if stage_E is None else stage_E.numel()
     programs = triton.cdiv(N, _BLOCK) + triton.cdiv(K, _BLOCK) + triton.cdiv(exponents, _BLOCK)
-    if programs:
-        commit_vectors_kernel[(programs,)](
-            E,
-            E_accum,
-            stage_E,
-            row_log2,
-            col_log2,
-            stage_row,
-            stage_col,
-            status,
-            refuse,
-            N,
-            K,
-            exponents,
-            exponent_threshold,
-            BLOCK=_BLOCK,
-            num_warps=2,
-            enable_fp_fusion=False,
-        )
+    commit_vectors_kernel[(max(programs, 1),)](
+        E,
+        E_accum,
+        stage_E,
+        row_log2,
+        col_log2,
+        stage_row,
+        stage_col,
+        status,
+        committed,
+        refuse,
+        N,
+        K,
+        exponents,
+        exponent_threshold,
+        BLOCK=_BLOCK,
+        num_warps=2,
+        enable_fp_fusion=False,
+    )

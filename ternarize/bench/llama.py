@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ternarize.api import freeze, ternarize
 from ternarize.candidates import find_dense_layers
@@ -207,6 +207,48 @@ def attend_causally(model: nn.Module) -> None:
     AttentionInterface.register("causal_sdpa", sdpa_attention_forward)
     AttentionMaskInterface.register("causal_sdpa", lambda *_, **__: None)
     model.set_attn_implementation("causal_sdpa")  # type: ignore[operator]  # a method that transformers adds
+
+
+def attend_in_groups(model: nn.Module) -> None:
+    """Let the heads that share keys and values attend as rows of one query, where each sequence adds one token.
+
+    What transformers does for one token in eager mode. Traced, it copies keys and values for every head instead, in
+    each layer at each step, which can take as long as attention itself.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register("grouped_sdpa", _grouped_attention)
+    AttentionMaskInterface.register("grouped_sdpa", sdpa_mask)
+    model.set_attn_implementation("grouped_sdpa")  # type: ignore[operator]  # a method that transformers adds
+
+
+def _grouped_attention(
+    module: nn.Module,  # noqa: ARG001  # transformers passes it
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one token a sequence, as transformers calls it.
+
+    Args:
+        module: the attention layer.
+        query: [B, H, 1, D].
+        key: [B, heads of keys, S, D].
+        value: likewise.
+        attention_mask: [B, 1, 1, S], the same for all heads.
+        scaling: of query · key.
+
+    Returns:
+        [B, 1, H, D].
+    """
+    B, H, D = query.shape[0], query.shape[1], query.shape[3]
+    grouped = query.view(B, key.shape[1], -1, D)
+    y = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+    return y.reshape(B, 1, H, D), None
 
 
 def _random_layer(

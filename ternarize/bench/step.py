@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 
 from ternarize.backends import ternary
 from ternarize.bench.clocks import Laps, hold_device, host_seconds
-from ternarize.bench.llama import Config, attend_causally, random_model
+from ternarize.bench.llama import Config, attend_causally, attend_in_groups, random_model
 from ternarize.bench.turns import Stretch, largest
 from ternarize.config import Kernels, TernaryConfig, eager_kernels
 from ternarize.explain import explain
@@ -96,8 +96,8 @@ class Contender:
     def __init__(self, task: Task) -> None:
         self._task = task
         self._model = random_model(task.config, task.ternary, dtype=task.dtype, device=task.device)
-        if task.work == "prefill":
-            attend_causally(self._model)
+        attend = attend_causally if task.work == "prefill" else attend_in_groups
+        attend(self._model)
         generator = torch.Generator(task.device).manual_seed(1)
         checked = CHECKED_STEPS if task.work == "decode" else 1
         length = task.prompt if task.work == "prefill" else 1

@@ -13,11 +13,10 @@ from triton.compiler import ASTSource
 
 from ternarize.backends.triton import dense, grad_input, linear, update, update_plain, update_tma, update_vectors
 
-_SIZES = ("M", "N", "K", "group_size", "groups", "chunks", "tiles", "bar", "theta", "unit")
+_SIZES = ("M", "N", "K", "group_size", "groups", "chunks", "tiles", "bar", "theta", "unit", "limit")
 _RANGES = ("n_start", "n_stop", "k_start", "k_stop", "blocks_k", "row_tiles", "col_tiles", "exponents")
 _STRIDES = ("stride_xm", "stride_xk", "stride_gm", "stride_gn", "stride_mantissa_n", "stride_mantissa_g")
 _INTEGERS = dict.fromkeys((*_SIZES, *_RANGES, *_STRIDES, "exponent_threshold"), "i32")
-_FLOATS = dict.fromkeys(("step", "limit", "gain"), "fp32")
 _STATE = {
     "T_packed": "*u8",
     "E": "*i8",
@@ -39,7 +38,9 @@ _STATE = {
     "W": "*bf16",
     "status": "*i32",
     "refuse": "*i32",
+    "committed": "*i32",
     "lr": "*fp32",
+    "rate": "fp32",
     "T_accum": "*i8",
     "T_momentum": "*i8",
 }
@@ -61,7 +62,7 @@ def build(kernel: Any, options: dict[str, Any] | None = None, aligned: tuple[str
     Returns:
         The resources and the machine code, as cuobjdump prints them.
     """
-    types = {**_INTEGERS, **_FLOATS, **_STATE, **activations("*bf16"), "mantissa": "*i16", "previous": "*fp32"}
+    types = {**_INTEGERS, **_STATE, **activations("*bf16"), "mantissa": "*i16", "previous": "*fp32"}
     types |= {name: value for name, value in given.items() if isinstance(value, str)}
     constants = {name: value for name, value in given.items() if not isinstance(value, str)}
     names = list(inspect.signature(kernel.fn).parameters)
@@ -96,18 +97,26 @@ build(grad_input.grad_input_kernel, PLANES=2, **small, **activations("*fp32"))
 
 exact = {"enable_fp_fusion": False}
 stage: dict[str, Any] = {**large, "BLOCK_M": 64, "options": {"num_warps": 8, **exact}}
-build(update_plain.stage_kernel, WORDS_TOGETHER=True, stage_E=None, slope=None, **stage)
+build(update_plain.stage_kernel, RUNS_OF_32=True, stage_E=None, slope=None, **stage)
 without: dict[str, Any] = dict.fromkeys(("row_factor", "col_factor", "row_parts", "col_parts"))
-build(update_plain.stage_kernel, WORDS_TOGETHER=False, slope=None, **without, **stage)
+build(update_plain.stage_kernel, RUNS_OF_32=False, slope=None, **without, **stage)
 
-commit: dict[str, Any] = {"BLOCK_N": update.COMMIT_BYTES // 32, "BLOCK_C": 32, "options": exact}
-whole: dict[str, Any] = {"WORDS_TOGETHER": True, "ALIGNED": update.COMMIT_RUN, "aligned": ("K", "group_size")}
+commit: dict[str, Any] = {
+    "RUNS": update.COMMIT_RUNS,
+    "CLEAR": True,
+    "options": {"num_warps": update.COMMIT_WARPS, **exact},
+}
+whole: dict[str, Any] = {"QUARTER": 32, "aligned": ("K", "group_size")}
 code = build(update.commit_kernel, FACTORED=True, **whole, **commit)
 assert spilled_bytes(code) == 0
 # Nothing is loaded or stored by single bytes.
 assert ".U8" not in "".join(line for line in code.splitlines() if "LDG" in line or "STG" in line)
-build(update.commit_kernel, FACTORED=True, T_momentum=None, **whole, **commit)
-build(update.commit_kernel, FACTORED=True, WORDS_TOGETHER=False, ALIGNED=1, T_momentum=None, **commit)
+# All is loaded before the first of it is waited for.
+before, after = code.split("BAR.SYNC")
+assert before.count("LDG") > 12
+assert "LDG" not in after
+build(update.commit_kernel, FACTORED=True, T_momentum=None, **whole, **commit | {"CLEAR": False})
+build(update.commit_kernel, FACTORED=True, QUARTER=0, T_momentum=None, **commit)
 build(update.commit_kernel, FACTORED=False, T_momentum=None, **whole, **commit)
 
 for tile in update_tma.TILES:
@@ -122,7 +131,7 @@ for tile in update_tma.TILES:
         BLOCK_K=tile.BLOCK_K,
         SLICES=tile.SLICES,
         PANEL=tile.PANEL,
-        PERSISTENT=tile.persistent,
+        WARPS=tile.num_warps,
     )
     # Loads by the tensor memory accelerator, warp-group products of operands in shared memory.
     assert "UTMALDG.2D" in code
@@ -161,8 +170,6 @@ def build_ones(kernel: Any, **given: Any) -> None:
 tiny = small | {"BLOCK_C": 4}
 build_ones(linear.linear_kernel, PLANES=2, **tiny)
 build_ones(grad_input.grad_input_kernel, PLANES=2, previous=None, **tiny)
-build_ones(update_plain.stage_kernel, WORDS_TOGETHER=False, slope=None, **tiny)
-build_ones(
-    update.commit_kernel, FACTORED=True, WORDS_TOGETHER=False, BLOCK_N=update.COMMIT_BYTES // 4, BLOCK_C=4, ALIGNED=1
-)
+build_ones(update_plain.stage_kernel, RUNS_OF_32=False, slope=None, **tiny)
+build_ones(update.commit_kernel, FACTORED=True, QUARTER=0, **commit)
 print("compiled")

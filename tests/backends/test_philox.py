@@ -67,7 +67,7 @@ def test_a_tensor_names_the_same_micro_batch_as_an_int() -> None:
 
 
 def test_no_bits_are_used_twice() -> None:
-    # As many different pairs of neighbours as there are: equal halves of words would show. 16 bits alone repeat.
+    # 16 bits alone repeat, pairs of neighbours do not.
     bits = all_bits(torch.tensor([3, 1, 4]), slice(0, 16), 64).flatten().to(torch.int64)
     assert bits.min() >= 0
     assert bits.max() < 2**16
@@ -120,9 +120,8 @@ def bits_kernel(rng: tl.tensor, out: tl.tensor, K: tl.tensor, TOGETHER: tl.const
     if TOGETHER:
         block = (n.to(tl.int64) * (K // 4))[:, None] + tl.arange(0, 16)[None, :]
         drawn = tl.reshape(commit_words(key, tl.reshape(block, (64,))), (4, 64))
-        bits = gradient_bits_together(
-            key, micro_batch, n, tl.arange(0, 2), tl.cdiv(K, 32), tl.zeros((4, 64), tl.float32)
-        )
+        G = tl.zeros((4, 64), tl.float32)
+        bits = gradient_bits_together(key, micro_batch, n, tl.arange(0, 2), tl.cdiv(K, 32), G)
     else:
         drawn = commit_words_apart(key, (n.to(tl.int64) * tl.cdiv(K, 4))[:, None] + (k // 4)[None, :], k[None, :] % 4)
         bits = gradient_bits_apart(key, micro_batch, n, k, K)

@@ -151,7 +151,18 @@ def test_at_once_a_bad_gradient_or_a_flag_changes_nothing_and_is_not_forgotten(
 @on_every_backend
 @for_every_rule
 @pytest.mark.parametrize(
-    ("N", "K", "group_size"), [(5, 130, 32), (3, 3, 128), (70, 64, 64), (2, 200, -1), (2, 1, 4), (3, 130, 12)]
+    ("N", "K", "group_size"),
+    [
+        (5, 130, 32),
+        (3, 3, 128),
+        (70, 64, 64),
+        (2, 200, -1),
+        (2, 1, 4),
+        (3, 130, 12),
+        (3, 256, -1),
+        (2, 512, 256),
+        (3, 48, 16),
+    ],
 )
 def test_every_backend_steps_the_same_integers(
     backend: str, device: str, rule: Rule, accumulator: Accumulator, N: int, K: int, group_size: int

@@ -14,9 +14,9 @@ from tests.backends.test_update import integers, random_layer, stage, staged
 
 #: Tiles that the interpreter is through with in a second.
 SMALL = [
-    Tile(16, 64, 16, SLICES=2, num_stages=1, num_warps=4, PANEL=2, persistent=False),
-    Tile(32, 128, 16, SLICES=4, num_stages=1, num_warps=4, PANEL=2, persistent=False),
-    Tile(16, 128, 32, SLICES=2, num_stages=1, num_warps=4, PANEL=2, persistent=True),
+    Tile(16, 64, 16, SLICES=2, num_stages=1, num_warps=4, PANEL=2),
+    Tile(32, 128, 16, SLICES=4, num_stages=1, num_warps=4, PANEL=2),
+    Tile(16, 128, 32, SLICES=2, num_stages=1, num_warps=4, PANEL=2),
 ]
 
 on_the_cpu_or_a_gpu = pytest.mark.parametrize(

@@ -42,8 +42,8 @@ LAYERS = (
 
 DTYPES = (torch.bfloat16, torch.float16)
 
-#: Processes that compile.
-COMPILERS = 8
+#: Processes that compile, which takes seconds a kernel.
+COMPILERS = os.cpu_count() or 8
 
 
 def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:

@@ -57,11 +57,11 @@ CASES = {
     "one token": UpdateCase(M=1, N=8, K=8, DRAWN=0),
     "one tile": UpdateCase(M=130, N=128, K=256, dtype="float16", STAGES=4),
     "several tiles": UpdateCase(M=70, N=200, K=528),
-    "several tiles, skewed": UpdateCase(M=1100, N=200, K=528, STAGES=3, SKEW=2, DRAWN=16),
+    "several tiles, skewed": UpdateCase(M=300, N=200, K=528, STAGES=3, SKEW=2, DRAWN=16),
     "several tiles, two blocks": UpdateCase(
         M=70, N=264, K=264, dtype="float16", clusters=2, STAGES=3, PANEL=1, DRAWN=3
     ),
-    "cluster of two": UpdateCase(M=150, N=328, K=312, CLUSTER=2, SKEW=2),
+    "cluster of two": UpdateCase(M=150, N=328, K=312, CLUSTER=2, SKEW=2, DRAWN=1),
     "cluster of two, one row": UpdateCase(M=64, N=72, K=512, CLUSTER=2, dtype="float16"),
     "cluster of four": UpdateCase(M=65, N=456, K=80, CLUSTER=4),
 }
@@ -268,5 +268,8 @@ def test_a_compiled_step_behind_the_gate_is_that_of_triton(monkeypatch: pytest.M
     assert explain(ours).kernels("training") == {"tilelang": 2}
     # Sums in another order: a few integers round to the next.
     for name, parameter in ours.named_parameters():
-        different = torch.ne(parameter, theirs.get_parameter(name)).float().mean()
-        assert different < 0.02, name
+        other = theirs.get_parameter(name)
+        if name.endswith("log2"):
+            assert (parameter.int() - other.int()).abs().max() <= 4, name
+        else:
+            assert torch.ne(parameter, other).float().mean() < 0.05, name

@@ -27,6 +27,11 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(COMMITS) : "memory");
 }
 
+// Has the 128 bytes that hold an address brought from memory into L2.
+__device__ __forceinline__ void prefetch_to_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // Activations are read by every block, and not before wait_for_previous_kernel: volatile, and not as constants, which a
 // compiler may read earlier.
 __device__ __forceinline__ uint2 load_activations(const void* address) {

@@ -144,6 +144,10 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
       auto draw = [&](int half, int run, uint32_t (&words)[4]) {
         philox.block(static_cast<uint64_t>(n[half]) * (4 * ((K + 31) / 32)) + (k0 / 32 + run) * 4 + quad, words);
       };
+      // What it will add to is in L2 by then: of the lanes that share two rows, each asks for a half of one.
+      const int asked_n = quad % 2 == 0 ? n[0] : n[1], asked_k = k0 + quad / 2 * 128;
+      if (count > 0 && asked_n < N && asked_k < K)
+        prefetch_to_l2(staged + static_cast<int64_t>(asked_n) * K + asked_k);
       float G[BLOCK_K / 2] = {};
       keep(G);
       uint32_t drawn[DRAWN > 0 ? DRAWN : 1][4];

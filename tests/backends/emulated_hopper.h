@@ -47,6 +47,7 @@ template <int COMMITS>
 void wait_for_copies() {
   emulated::current->copies.wait(COMMITS);
 }
+inline void prefetch_to_l2(const void* address) { emulated::require_readable(address, 1); }
 inline uint2 load_activations(const void* address) {
   emulated::require(emulated::current->waited_for_previous_kernel, "reads x before the previous kernel has written it");
   emulated::require(reinterpret_cast<uintptr_t>(address) % 8 == 0, "misaligned");

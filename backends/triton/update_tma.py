@@ -84,6 +84,11 @@ def stage_slice(
     ROWS: tl.constexpr = G.shape[0]
     WIDTH: tl.constexpr = G.shape[1]
     k = first + tl.arange(0, WIDTH)
+    place = stage + n.to(tl.int64)[:, None] * K + k[None, :]
+    inside = (n < N)[:, None] & (k < K)[None, :]
+    # Early, because it takes long. Of the first micro-batch nothing: a commit leaves zeros.
+    filled = tl.where(count > 0, N, 0)
+    staged = tl.load(place, mask=(n < filled)[:, None] & (k < K)[None, :])
     square = G * G
     # Warp w has rows 16 · w to 16 · w + 15 of every 16 · WARPS. What it adds stays within it.
     of_warps = tl.reshape(square, (ROWS // (16 * WARPS), WARPS, 16, WIDTH))
@@ -91,11 +96,8 @@ def stage_slice(
     tl.store(part, tl.sum(tl.sum(of_warps, 0), 1), mask=(k < K)[None, :])
     bits = gradient_bits(key, count, n, first // 32 + tl.arange(0, WIDTH // 32), tl.cdiv(K, 32), G)
     u = round_off(to_fixed(clamp(G * rows[:, None] * columns[None, :], _CLIP)), bits).to(tl.int8)
-    place = stage + n.to(tl.int64)[:, None] * K + k[None, :]
-    inside = (n < N)[:, None] & (k < K)[None, :]
-    # To the first micro-batch there is nothing to add: a commit leaves zeros.
     if count > 0:
-        u = clamp(tl.load(place, mask=inside, other=0).to(tl.int32) + u.to(tl.int32), 127).to(tl.int8)
+        u = clamp(staged.to(tl.int32) + u.to(tl.int32), 127).to(tl.int8)
     tl.store(place, u, mask=inside)
     return tl.sum(square, 1)
 

@@ -21,7 +21,7 @@ _E_MAX = tl.constexpr(E_MAX)
 
 #: Elements a program, and partial sums that it loads at once. Few, so that a vector keeps many SMs busy.
 _BLOCK = 64
-_PARTS = tl.constexpr(64)
+_PARTS = tl.constexpr(128)
 
 #: Elements a program of `normalisers`, and rows that it adds up at once: each takes the mean over all rows.
 _NORMALISED = 1024
@@ -213,7 +213,7 @@ def finish_stage(
     row, col = sums if sums is not None else (None, None)
     row_parts, col_parts = parts if parts is not None else (None, None)
     finish_stage_kernel[(programs,)](
-        row, col, row_parts, col_parts, status, N, K, row_tiles, col_tiles, BLOCK=_BLOCK, num_warps=4
+        row, col, row_parts, col_parts, status, N, K, row_tiles, col_tiles, BLOCK=_BLOCK, num_warps=8
     )
 
 

@@ -109,7 +109,7 @@ def _start_kernels(graph_module: fx.GraphModule, phase: Phase, policy: Kernels) 
             x, T_packed, _, E_mantissa, bias, _, group_size = values
             prepare(stem, x, T_packed, E_mantissa, bias, group_size, guarded=bool(guarded_by(node)))
             if calls(node, torch.ops.ternarize.linear_train):
-                prepare_update(x, T_packed)
+                prepare_update(x.dtype)
 
 
 def _layers(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Layers:

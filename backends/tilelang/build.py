@@ -13,14 +13,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import tilelang
-import torch
 
 from ternarize.backends.tilelang.hopper import TARGET
-from ternarize.backends.tilelang.layers import Dtype, LayerShape, dtype_name
+from ternarize.backends.tilelang.layers import Dtype, LayerShape
 from ternarize.backends.tilelang.linear_decode import DecodeTile, decode_program
 from ternarize.backends.tilelang.linear_int8_wgmma import Int8Tile, int8_wgmma_program
 from ternarize.backends.tilelang.linear_wgmma import Tile, wgmma_program
-from ternarize.backends.tilelang.update_wgmma import UpdateTile, choose_update_tile, update_program
+from ternarize.backends.tilelang.update_wgmma import TILE, UpdateTile, update_program
 from ternarize.config import Activation
 
 Kernel = Callable[..., None]
@@ -49,12 +48,7 @@ class UpdateProgram:
 
     dtype: Dtype
     """Of grad_y and x."""
-    tile: UpdateTile
-
-    @classmethod
-    def of(cls, N: int, dtype: torch.dtype) -> "UpdateProgram":
-        """That of a layer of N rows, for grad_y and x in ``dtype``."""
-        return cls(dtype=dtype_name(dtype), tile=choose_update_tile(N))
+    tile: UpdateTile = TILE
 
 
 def compile_program(program: Program | UpdateProgram) -> Kernel:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ternarize.backends.tilelang import build, host, linear, linear_int8
-from ternarize.backends.tilelang.layers import LayerShape
+from ternarize.backends.tilelang.layers import LayerShape, dtype_name
 
 _PROGRAMS_FOR: dict[str, Callable[..., tuple[build.Program, ...]]] = {
     "linear": linear.programs_for,
@@ -74,12 +74,6 @@ def prepare(
                 build.start(program)
 
 
-def prepare_update(x: Tensor, T_packed: Sequence[Tensor]) -> None:
-    """Begin to build the kernels that stage the gradients of a call: for all layers of a model they are the same few.
-
-    Args:
-        x: fake, as are the others.
-        T_packed: of each layer.
-    """
-    for packed in T_packed:
-        build.start(build.UpdateProgram.of(int(packed.shape[-2]), x.dtype))
+def prepare_update(dtype: torch.dtype) -> None:
+    """Begin to build the kernel that stages gradients of this dtype: one is for all layers."""
+    build.start(build.UpdateProgram(dtype=dtype_name(dtype)))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ternarize.backends.tilelang import build
 from ternarize.backends.tilelang.host import aligned
+from ternarize.backends.tilelang.layers import dtype_name
 from ternarize.backends.tilelang.update_wgmma import parts_shapes
 from ternarize.backends.torch import update as reference
 from ternarize.backends.triton.update import update_commit
@@ -49,7 +50,7 @@ def stage_factored(
     row_parts, col_parts = (stage.new_empty(shape, dtype=torch.float32) for shape in parts_shapes(N, K))
     # TileLang makes the device of its arguments the current one, and leaves it so.
     with torch.cuda.device(x.device):
-        kernel = build.start(build.UpdateProgram.of(N, x.dtype)).result()
+        kernel = build.start(build.UpdateProgram(dtype=dtype_name(x.dtype))).result()
         kernel(grad_y, x, row_factor, col_factor, rng, stage, row_parts, col_parts, status)
     return row_parts, col_parts
 

@@ -45,6 +45,10 @@ class UpdateTile:
         return self.STAGES * ((BLOCK_N + BLOCK_K) * BOX[0] * 2 + 16) + (8 + 2) * BLOCK_K * 4
 
 
+#: Of any layer. Registers have room for 10 of the 16 blocks of random bits.
+TILE = UpdateTile(STAGES=4, CLUSTER=1, PANEL=8, SKEW=3, DRAWN=8)
+
+
 def parts_shapes(N: int, K: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Of row_parts and col_parts: sums of G² over the columns of each tile, and over each 64 rows."""
     return (-(-K // BLOCK_K), N), (-(-N // PART_N), K)
@@ -106,8 +110,3 @@ def update_program(dtype: Dtype, tile: UpdateTile) -> Any:
             )
 
     return ternary_update_wgmma
-
-
-def choose_update_tile(N: int) -> UpdateTile:
-    """How the work of a layer of N rows is shared out: two blocks share x if there is a second row of tiles."""
-    return UpdateTile(STAGES=4, CLUSTER=2 if N > BLOCK_N else 1, PANEL=8, SKEW=3, DRAWN=8)

@@ -87,9 +87,9 @@ def test_a_training_graph_begins_the_stage_of_its_updates_too(started: list[Prog
     model = compiled(trainable=True)
     TernaryOptimizer(model)
     model(torch.randn(40, 128, dtype=torch.bfloat16))
-    # One for each layer, and the same one.
+    # One for each call, and the same one.
     updates = [program for program in started if isinstance(program, UpdateProgram)]
-    assert updates == [UpdateProgram.of(64, torch.bfloat16)] * 3
+    assert updates == [UpdateProgram(dtype="bfloat16")] * 2
     assert "so does the stage of its update" in str(explain(model))
 
 

@@ -193,10 +193,10 @@ def test_no_tokens_stage_nothing() -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_program_passes_its_arguments_in_order_and_compiles(tmp_path: Path, dtype: Dtype) -> None:
-    from ternarize.backends.tilelang.update_wgmma import choose_update_tile, update_program
+    from ternarize.backends.tilelang.update_wgmma import TILE, update_program
 
-    for N in (8, 4096):
-        source = lower(update_program(dtype, choose_update_tile(N)))
+    for tile in (TILE, dataclasses.replace(TILE, CLUSTER=2)):
+        source = lower(update_program(dtype, tile))
         call = source[source.rindex("ternarize::update_wgmma<") :].split(";")[0]
         given = re.sub(r"\(&\((\w+)\[0\]\)\)", r"\1", call[call.index(">(") + 2 :])
         assert re.findall(r"\w+", given) == [

@@ -16,15 +16,14 @@ from torch import Tensor
 
 from ternarize.backends.torch import update as reference
 from ternarize.backends.triton import update_tma
-from ternarize.backends.triton.packed import multiprocessors
 from ternarize.backends.triton.rounding import clamp, commit_words, commit_words_apart, load_key, round_off
 from ternarize.backends.triton.update_plain import stage_anywhere
 from ternarize.backends.triton.update_vectors import commit_vectors, finish_stage, normalisers
 from ternarize.packing import ROW
 
-#: Runs that a program of a commit takes at a time, two a thread; its warps; programs a multiprocessor, all that its
-#: registers have room for. Two runs keep twice the bytes on their way: 53 us for 4096x4096 weights on an H100, one 108.
-COMMIT_RUNS, COMMIT_WARPS, COMMIT_PROGRAMS = 256, 4, 5
+#: Runs of a program of a commit, two a thread, and its warps. On an H100 a commit of 4096x4096 weights takes 46 us, and
+#: 49 us with programs that stay, as many as an SM has room for.
+COMMIT_RUNS, COMMIT_WARPS = 256, 4
 
 #: Neighbouring packed bytes of a run. Their weights are four words, a quarter of a group apart, and each word's four
 #: share a block of random numbers, which no thread has to hand to another.
@@ -106,86 +105,83 @@ def commit_kernel(
     QUARTER: tl.constexpr,
     CLEAR: tl.constexpr,
 ) -> None:
-    """Steps a layer's integers unless refused, and clears its stage if CLEAR, RUNS runs of packed bytes at a time.
+    """RUNS runs of packed bytes, row after row: steps their integers unless refused, clears their stage if CLEAR.
 
     ``rate`` times the learning rate is what an accumulator loses for a unit of momentum (`factored`) or for a vote
     (`sign`), and ``bar`` where a trit steps; theta, unit and limit are those of `FORMS`. QUARTER is a quarter of the
     group size if no run spans two groups or rows, and 0 if one may.
 
-    The compiler moves no load over a store or out of a loop. So what all weights share is loaded once, by few programs:
-    an L2 cache gives the same line to one multiprocessor after the other, and many small programs would wait for it.
-    ``committed`` is told the count of micro-batches.
+    All is loaded before anything is stored: no compiler moves a load over a store. ``committed`` is told the count of
+    micro-batches.
     """
     column = tl.arange(0, _RUN)[None, :]
-    count, key, loss = tl.load(status + 1), load_key(rng), tl.load(lr) * rate
+    count, refused, key, learning_rate = tl.load(status + 1), tl.load(refuse), load_key(rng), tl.load(lr)
+    runs = tl.cdiv(N * tl.cdiv(K, 4), _RUN)
+    run = tl.program_id(0) * RUNS + tl.arange(0, RUNS)
+    byte = (run.to(tl.int64) * _RUN)[:, None] + column
+    if QUARTER > 0:
+        group, in_group = run // (QUARTER // _RUN), run % (QUARTER // _RUN) * _RUN
+        # The first weight of a run, and weights from a quarter to the next.
+        start, quarter = group.to(tl.int64) * (4 * QUARTER) + in_group, QUARTER
+        first = start[:, None] + column
+        there = (run < runs)[:, None]
+        inside = (there, there, there, there)
+    else:
+        bytes_a_row, bytes_a_group = tl.cdiv(K, 4), tl.cdiv(group_size, 4)
+        n, in_row = byte // bytes_a_row, byte % bytes_a_row
+        group, in_group = in_row // bytes_a_group, in_row % bytes_a_group
+        size = tl.minimum(group_size, K - group * group_size)
+        quarter = (size + 3) // 4
+        first_k = group * group_size + in_group
+        first, there = n * K + first_k, n < N
+        inside = (
+            there & (in_group < size),
+            there & (quarter + in_group < size),
+            there & (2 * quarter + in_group < size),
+            there & (3 * quarter + in_group < size),
+        )
+    at = (first, first + quarter, first + 2 * quarter, first + 3 * quarter)
+    codes = tl.load(T_packed + byte, mask=there).to(tl.int32)
+    staged = load_quarters(stage, at, inside)
+    accum = load_quarters(T_accum, at, inside)
+    momentum = accum
+    if T_momentum is not None:
+        momentum = load_quarters(T_momentum, at, inside)
+    # All is on its way. Without a barrier each load is moved down to where its value is needed, and waited for there.
+    tl.debug_barrier()
     if tl.program_id(0) == 0:
         tl.store(committed, count)
-    active = (tl.load(refuse) == 0) & (count > 0)
-    step = -tl.minimum(tl.floor(loss * _ONE + 0.5), _MAX_STEP).to(tl.int32)
-    pull = (2 * unit * (_ONE - _MOMENTUM_KEPT) + count) // (2 * tl.maximum(count, 1))
-    runs = tl.cdiv(N * tl.cdiv(K, 4), _RUN)
-    for first_run in range(tl.program_id(0) * RUNS, runs, tl.num_programs(0) * RUNS):
-        run = first_run + tl.arange(0, RUNS)
-        byte = (run.to(tl.int64) * _RUN)[:, None] + column
-        if QUARTER > 0:
-            group, in_group = run // (QUARTER // _RUN), run % (QUARTER // _RUN) * _RUN
-            # The first weight of a run, and weights from a quarter to the next.
-            start, quarter = group.to(tl.int64) * (4 * QUARTER) + in_group, QUARTER
-            first = start[:, None] + column
-            there = (run < runs)[:, None]
-            inside = (there, there, there, there)
-        else:
-            bytes_a_row, bytes_a_group = tl.cdiv(K, 4), tl.cdiv(group_size, 4)
-            n, in_row = byte // bytes_a_row, byte % bytes_a_row
-            group, in_group = in_row // bytes_a_group, in_row % bytes_a_group
-            size = tl.minimum(group_size, K - group * group_size)
-            quarter = (size + 3) // 4
-            first_k = group * group_size + in_group
-            first, there = n * K + first_k, n < N
-            inside = (
-                there & (in_group < size),
-                there & (quarter + in_group < size),
-                there & (2 * quarter + in_group < size),
-                there & (3 * quarter + in_group < size),
-            )
-        at = (first, first + quarter, first + 2 * quarter, first + 3 * quarter)
-        codes = tl.load(T_packed + byte, mask=there).to(tl.int32)
-        staged = load_quarters(stage, at, inside)
-        accum = load_quarters(T_accum, at, inside)
-        momentum = accum
-        if T_momentum is not None:
-            momentum = load_quarters(T_momentum, at, inside)
-        # Else each load is moved down to where its value is needed, and waited for there.
-        tl.debug_barrier()
-        if active:
-            moved_codes = tl.zeros_like(codes)
-            for i in tl.static_range(4):
-                # Two shifts sign-extend a 2-bit code: it is two's complement.
-                T = (codes << (30 - 2 * i)) >> 30
-                old, votes = accum[i].to(tl.int32), staged[i].to(tl.int32)
-                if QUARTER > 0:
-                    words = commit_words(key, start // 4 + i * (QUARTER // 4))
+    if (refused == 0) & (count > 0):
+        step = -tl.minimum(tl.floor(learning_rate * rate * _ONE + 0.5), _MAX_STEP).to(tl.int32)
+        pull = (2 * unit * (_ONE - _MOMENTUM_KEPT) + count) // (2 * count)
+        moved_codes = tl.zeros_like(codes)
+        for i in tl.static_range(4):
+            # Two shifts sign-extend a 2-bit code: it is two's complement.
+            T = (codes << (30 - 2 * i)) >> 30
+            old, votes = accum[i].to(tl.int32), staged[i].to(tl.int32)
+            if QUARTER > 0:
+                words = commit_words(key, start // 4 + i * (QUARTER // 4))
+            else:
+                k = first_k + i * quarter
+                words = commit_words_apart(key, n * tl.cdiv(K, 4) + k // 4, k % 4)
+            if FACTORED:
+                if T_momentum is None:
+                    old, m = (old << 28) >> 28, old >> 4
                 else:
-                    k = first_k + i * quarter
-                    words = commit_words_apart(key, n * tl.cdiv(K, 4) + k // 4, k % 4)
-                if FACTORED:
-                    if T_momentum is None:
-                        old, m = (old << 28) >> 28, old >> 4
-                    else:
-                        m = momentum[i].to(tl.int32)
-                    moved, new, m = step_factored(T, votes, old, m, words, pull, step, bar, theta, limit)
-                    if T_momentum is None:
-                        new = (new & 15) | (m << 4)
-                    else:
-                        tl.store(T_momentum + at[i], m.to(tl.int8), mask=inside[i])
+                    m = momentum[i].to(tl.int32)
+                moved, new, m = step_factored(T, votes, old, m, words, pull, step, bar, theta, limit)
+                if T_momentum is None:
+                    new = (new & 15) | (m << 4)
                 else:
-                    moved, new = step_sign(T, votes, old, words, step, bar)
-                tl.store(T_accum + at[i], new.to(tl.int8), mask=inside[i])
-                code = moved & 3 if QUARTER > 0 else tl.where(inside[i], moved & 3, 0)
-                moved_codes |= code << (2 * i)
-            tl.store(T_packed + byte, moved_codes.to(tl.uint8), mask=there)
-        for i in tl.static_range(4 if CLEAR else 0):
-            tl.store(stage + at[i], tl.zeros((RUNS, _RUN), tl.int8), mask=inside[i])
+                    tl.store(T_momentum + at[i], m.to(tl.int8), mask=inside[i])
+            else:
+                moved, new = step_sign(T, votes, old, words, step, bar)
+            tl.store(T_accum + at[i], new.to(tl.int8), mask=inside[i])
+            code = moved & 3 if QUARTER > 0 else tl.where(inside[i], moved & 3, 0)
+            moved_codes |= code << (2 * i)
+        tl.store(T_packed + byte, moved_codes.to(tl.uint8), mask=there)
+    for i in tl.static_range(4 if CLEAR else 0):
+        tl.store(stage + at[i], tl.zeros((RUNS, _RUN), tl.int8), mask=inside[i])
 
 
 def update_stage(
@@ -261,8 +257,7 @@ def update_commit(
         rate, bar = 2 * theta / unit, theta + (T_momentum is None)
     committed = torch.empty_like(refuse)
     with torch.cuda.device_of(T_packed):
-        programs = triton.cdiv(T_packed.numel(), _RUN.value * COMMIT_RUNS)
-        commit_kernel[(min(programs, COMMIT_PROGRAMS * multiprocessors(T_packed.device)),)](
+        commit_kernel[(triton.cdiv(T_packed.numel(), _RUN.value * COMMIT_RUNS),)](
             T_packed,
             T_accum,
             T_momentum,

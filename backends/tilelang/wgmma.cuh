@@ -1,4 +1,4 @@
-// What linear_wgmma.cuh needs of Hopper beyond hopper.cuh: TMA, mbarriers, warpgroup matrix products.
+// What the kernels on wgmma need of Hopper beyond hopper.cuh: TMA, mbarriers, warpgroup matrix products.
 #include <cuda.h>
 #include <stdint.h>
 
@@ -19,6 +19,13 @@ __device__ __forceinline__ void barriers_ready() {
 }
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// The same at this barrier of any block of the cluster. With its default scope, as CUTLASS has it: what is released are
+// reads, and the scope of a cluster would wait for all of the thread's stores each time.
+__device__ __forceinline__ void barrier_arrive_at_rank(uint64_t* barrier, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(barrier)), "r"(rank));
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
 }
 // Arrives, and lets the phase end only when TMA has written ``bytes`` more.
 __device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
@@ -53,6 +60,17 @@ __device__ __forceinline__ void load_box_of_planes(void* to, const CUtensorMap* 
       "l"(map), "r"(column), "r"(row), "r"(0), "r"(shared_address(barrier))
       : "memory");
 }
+// Loads a box of a matrix to the same place in each block of the cluster, and tells the barrier of this name in each.
+template <int CLUSTER>
+__device__ __forceinline__ void load_box_to_cluster(void* to, const CUtensorMap* map, int column, int row,
+                                                    uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
+      "{%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)),
+      "h"(static_cast<uint16_t>((1 << CLUSTER) - 1))
+      : "memory");
+}
 // Stores a box, as far as it lies inside the matrix.
 __device__ __forceinline__ void store_box(const CUtensorMap* map, const void* from, int column, int row) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
@@ -71,8 +89,12 @@ __device__ __forceinline__ void fence_for_tma() { asm volatile("fence.proxy.asyn
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-// The same, and whether any of the threads says so. The vote is for the compiler alone: after it knows that all of a warp
-// get the same answer, it keeps what depends on it in uniform registers.
+// Counts this warp among those that a named_barrier waits for, and goes on.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// A named_barrier, and whether any of its threads says so. The vote is for the compiler alone: after it knows that all of
+// a warp get the same answer, it keeps what depends on it in uniform registers.
 __device__ __forceinline__ bool any_of(int id, int threads, bool condition) {
   int any;
   asm volatile(
@@ -145,6 +167,21 @@ template <int N>
 __device__ __forceinline__ void wgmma(int* d, const uint32_t* a, uint64_t b) {
   tl::wgmma_rs<tl::DataType::kInt8, tl::DataType::kInt8, tl::DataType::kInt32, 64, N, 32, false, false, 1, 1>(
       a, b, reinterpret_cast<uint32_t*>(d), true);
+}
+// What describes a transposed matrix, whose K lies along columns: boxes of 64 columns of 16 bits and ROWS rows, one after
+// the other, swizzled by 128 bytes. 8 rows are a core matrix. Add 8 for each row to move on.
+template <int ROWS>
+__device__ __forceinline__ uint64_t transposed_descriptor(const void* matrix) {
+  // In a cluster, addresses have the rank of the block above their 18 bits, where a descriptor has the stride of boxes.
+  return (shared_address(matrix) & 0x3FFFF) >> 4 | static_cast<uint64_t>(ROWS * 128 / 16) << 16 | 64ull << 32 |
+         1ull << 62;
+}
+// d = Aᵀ · B, plus d if ``add``: A [16, 64] and B [16, N] in shared memory, d [64, N] in float32.
+template <typename Float, int N>
+__device__ __forceinline__ void wgmma_transposed(float* d, uint64_t a, uint64_t b, bool add) {
+  constexpr tl::DataType TYPE = std::is_same_v<Float, __half> ? tl::DataType::kFloat16 : tl::DataType::kBFloat16;
+  tl::wgmma_ss<TYPE, TYPE, tl::DataType::kFloat32, 64, N, 16, true, true, 1, 1>(a, b, reinterpret_cast<uint32_t*>(d),
+                                                                               add);
 }
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

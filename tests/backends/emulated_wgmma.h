@@ -36,13 +36,18 @@ inline Mbarrier& mbarrier(uint64_t* barrier) {
   require_shared(barrier, 8);
   return *reinterpret_cast<Mbarrier*>(barrier);
 }
-inline void arrive(uint64_t* barrier, int bytes) {
-  Mbarrier& b = mbarrier(barrier);
+inline void arrive(Mbarrier& b, int bytes) {
   require(b.phase <= 1, "arrives at a barrier before barrier_init");
   require(b.pending > 0, "arrives at a barrier once more than its phase expects");
   --b.pending;
   b.bytes += bytes;
   b.end_phase();
+}
+// The same place in the shared memory of another block of the cluster.
+template <typename Value>
+Value* at_rank(Value* place, int rank) {
+  const auto offset = reinterpret_cast<uint8_t*>(place) - block().memory;
+  return reinterpret_cast<Value*>(cluster->blocks[rank].memory + offset);
 }
 
 // The place of a byte: of its address in shared memory, the bits from 4 on are flipped by those from 7 on.
@@ -72,12 +77,11 @@ inline void require_box(const CUtensorMap& map, const void* shared) {
           "a box does not start where its swizzle does");
   require_shared(shared, map.bytes());
 }
-inline void load(void* to, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
+inline void load(void* to, const CUtensorMap* map, int column, int row, uint64_t* barrier, Block* block) {
   require(current->waited_for_previous_kernel || !map->written_by_previous_kernel,
           "loads x before the previous kernel has written it");
-  require_box(*map, to);
   std::memset(to, 0xFF, map->bytes());
-  cluster->arrivals.push_back([=, block = &block(), shared = static_cast<uint8_t*>(to)] {
+  cluster->arrivals.push_back([=, shared = static_cast<uint8_t*>(to)] {
     for_each_byte(*map, *block, shared, column, row,
                   [](const uint8_t* from, uint8_t* to) { *to = from == nullptr ? 0 : *from; });
     auto& b = *reinterpret_cast<Mbarrier*>(barrier);
@@ -91,14 +95,30 @@ float number(uint32_t word, int i) {
   return std::bit_cast<float>(ternarize::float_bits<Float>(word >> 16 * i & 0xFFFF));
 }
 
-constexpr int DESCRIPTOR_ADDRESS_BITS = 60;
+// Of what a descriptor has above an address in units of 16 bytes: the swizzle; below it, of transposed matrices, the bytes
+// from 64 columns to the next.
+constexpr int DESCRIPTOR_SWIZZLE = 60, DESCRIPTOR_STRIDE = 44;
+inline uint8_t* matrix_of(uint64_t descriptor) {
+  return reinterpret_cast<uint8_t*>((descriptor & ((1ull << DESCRIPTOR_STRIDE) - 1)) << 4);
+}
+
+// Both rows of a column of d.
+template <typename Sum, int K>
+void add_products(Sum* d, const Sum (&a)[2][K], const Sum (&b)[K], bool add) {
+  for (int half = 0; half < 2; ++half) {
+    Sum sum = 0;
+    for (int k = 0; k < K; ++k) sum += a[half][k] * b[k];
+    Sum& to = d[half * 2];
+    to = add ? to + sum : sum;
+  }
+}
 
 // The fragment of this lane, d = A · B or d += A · B, of its product ``index`` in the warp, for operands with ``PER_WORD``
 // values in a register, which decode(word, place) takes from it.
 template <int PER_WORD, int N, typename Sum, typename Decode>
 void multiply(Sum* d, size_t index, uint64_t descriptor, bool add, Decode decode) {
-  const int swizzle = descriptor >> DESCRIPTOR_ADDRESS_BITS << 4;
-  auto* const matrix = reinterpret_cast<uint8_t*>((descriptor & ((1ull << DESCRIPTOR_ADDRESS_BITS) - 1)) << 4);
+  const int swizzle = descriptor >> DESCRIPTOR_SWIZZLE << 4;
+  uint8_t* const matrix = matrix_of(descriptor);
   constexpr int K = 8 * PER_WORD;
   Sum a[2][K];
   for (int q = 0; q < 4; ++q) {
@@ -115,12 +135,31 @@ void multiply(Sum* d, size_t index, uint64_t descriptor, bool add, Decode decode
                     4);
         b[k] = decode(word, k % PER_WORD);
       }
-      for (int half = 0; half < 2; ++half) {
-        Sum sum = 0;
-        for (int k = 0; k < K; ++k) sum += a[half][k] * b[k];
-        Sum& to = d[n8 / 2 + half * 2 + i];
-        to = add ? to + sum : sum;
-      }
+      add_products(d + n8 / 2 + i, a, b, add);
+    }
+}
+
+// 16 rows of a column of a transposed matrix.
+template <typename Float>
+void read_transposed(uint64_t descriptor, int column, float (&to)[16]) {
+  const uint64_t stride = (descriptor >> DESCRIPTOR_STRIDE & 0xFFFF) << 4;
+  uint8_t* const box = matrix_of(descriptor) + column / 64 * stride;
+  for (int k = 0; k < 16; ++k) {
+    uint16_t bits;
+    std::memcpy(&bits, swizzled(block(), box + k * 128 + column % 64 * 2, 128), 2);
+    to[k] = number<Float>(bits, 0);
+  }
+}
+// The same of d = Aᵀ · B or d += Aᵀ · B.
+template <typename Float, int N>
+void multiply_transposed(float* d, uint64_t a_descriptor, uint64_t b_descriptor, bool add) {
+  float a[2][16], b[16];
+  for (int half = 0; half < 2; ++half)
+    read_transposed<Float>(a_descriptor, current->index.x % 128 / 32 * 16 + lane() / 4 + half * 8, a[half]);
+  for (int n8 = 0; n8 < N; n8 += 8)
+    for (int i = 0; i < 2; ++i) {
+      read_transposed<Float>(b_descriptor, n8 + lane() % 4 * 2 + i, b);
+      add_products(d + n8 / 2 + i, a, b, add);
     }
 }
 
@@ -143,8 +182,12 @@ inline void barrier_init(uint64_t* barrier, int arrivals) {
   emulated::mbarrier(barrier) = {count, count, 0, 0, 0};
 }
 inline void barriers_ready() {}
-inline void barrier_arrive(uint64_t* barrier) { emulated::arrive(barrier, 0); }
-inline void barrier_expect(uint64_t* barrier, int bytes) { emulated::arrive(barrier, bytes); }
+inline void barrier_arrive(uint64_t* barrier) { emulated::arrive(emulated::mbarrier(barrier), 0); }
+inline void barrier_arrive_at_rank(uint64_t* barrier, int rank) {
+  emulated::mbarrier(barrier);
+  emulated::arrive(*reinterpret_cast<emulated::Mbarrier*>(emulated::at_rank(barrier, rank)), 0);
+}
+inline void barrier_expect(uint64_t* barrier, int bytes) { emulated::arrive(emulated::mbarrier(barrier), bytes); }
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   const auto& b = emulated::mbarrier(barrier);
   emulated::require(b.phase <= 1, "waits at a barrier before barrier_init");
@@ -153,11 +196,20 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
 
 inline void load_box(void* to, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
   emulated::require(map->box[2] == 1, "load_box of a map with three dimensions");
-  emulated::load(to, map, column, row, barrier);
+  emulated::require_box(*map, to);
+  emulated::load(to, map, column, row, barrier, &emulated::block());
 }
 inline void load_box_of_planes(void* to, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
   emulated::require(map->box[2] > 1, "load_box_of_planes of a map with two dimensions");
-  emulated::load(to, map, column, row, barrier);
+  emulated::require_box(*map, to);
+  emulated::load(to, map, column, row, barrier, &emulated::block());
+}
+template <int CLUSTER>
+void load_box_to_cluster(void* to, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
+  emulated::require_box(*map, to);
+  for (int rank = 0; rank < CLUSTER; ++rank)
+    emulated::load(emulated::at_rank(static_cast<uint8_t*>(to), rank), map, column, row,
+                   emulated::at_rank(barrier, rank), &emulated::cluster->blocks[rank]);
 }
 inline void store_box(const CUtensorMap* map, const void* from, int column, int row) {
   emulated::require_box(*map, from);
@@ -184,6 +236,11 @@ inline void named_barrier(int id, int threads) {
   barrier.threads = threads;
   barrier.arrive_and_wait("named_barrier");
 }
+inline void named_barrier_arrive(int id, int threads) {
+  auto& barrier = emulated::block().named_barriers[id];
+  barrier.threads = threads;
+  barrier.arrive();
+}
 
 inline bool any_of(int id, int threads, bool condition) {
   auto& block = emulated::block();
@@ -207,8 +264,7 @@ void give_registers() {}
 
 inline void store_to_rank(float4* place, int rank, const float* value) {
   emulated::require_shared(place, 16);
-  const auto offset = reinterpret_cast<uint8_t*>(place) - emulated::block().memory;
-  std::memcpy(emulated::cluster->blocks[rank].memory + offset, value, 16);
+  std::memcpy(emulated::at_rank(place, rank), value, 16);
 }
 
 inline void store_transposed(void* row, const uint32_t (&values)[4]) {
@@ -224,7 +280,12 @@ inline void store_transposed(void* row, const uint32_t (&values)[4]) {
 // As wgmma has it, in units of 16 bytes; above the address, the swizzle.
 template <int ROW_BYTES>
 uint64_t matrix_descriptor(const void* matrix) {
-  return reinterpret_cast<uint64_t>(matrix) >> 4 | ROW_BYTES / 16ull << emulated::DESCRIPTOR_ADDRESS_BITS;
+  return reinterpret_cast<uint64_t>(matrix) >> 4 | ROW_BYTES / 16ull << emulated::DESCRIPTOR_SWIZZLE;
+}
+template <int ROWS>
+uint64_t transposed_descriptor(const void* matrix) {
+  return reinterpret_cast<uint64_t>(matrix) >> 4 | static_cast<uint64_t>(ROWS * 128 >> 4) << emulated::DESCRIPTOR_STRIDE |
+         128ull >> 4 << emulated::DESCRIPTOR_SWIZZLE;
 }
 template <typename Float, int N>
 void wgmma(float* d, const uint32_t* a, uint64_t b, bool add) {
@@ -237,6 +298,11 @@ void wgmma(int* d, const uint32_t* a, uint64_t b) {
   emulated::begin_product(a, [=](size_t index) {
     emulated::multiply<4, N>(d, index, b, true, [](uint32_t word, int i) { return static_cast<int8_t>(word >> 8 * i); });
   });
+}
+template <typename Float, int N>
+void wgmma_transposed(float* d, uint64_t a, uint64_t b, bool add) {
+  emulated::require(emulated::current->may_multiply, "wgmma without wgmma_fence");
+  emulated::current->products.begin([=] { emulated::multiply_transposed<Float, N>(d, a, b, add); });
 }
 inline void wgmma_fence() { emulated::current->may_multiply = true; }
 inline void wgmma_commit() {

@@ -6,7 +6,6 @@
 // do not exist with zeros; two others have 64 rows of the tile each. The second waits before its last SKEW steps until the
 // first has begun all of its own: it multiplies while the first rounds, and then the first multiplies again, what is loaded
 // for the next tile, while the second rounds. Blocks stay, and take tile after tile.
-// The blocks of a cluster take tiles one below the other: each loads a part of the columns of x, for all of them.
 //
 // Integers. Of 32 columns of its rows r and r + 8, a lane sums four pairs of neighbours each, which share a block of random
 // bits. Most of what rounding costs is drawing these: DRAWN of the 16 blocks of a tile are drawn while the first of its
@@ -30,7 +29,7 @@ __device__ __forceinline__ float sum_over_groups(float (&sums)[8], int group) {
 }
 
 // Float: __nv_bfloat16 or __half, of grad_y and x. The others: UpdateTile of update_wgmma.py.
-template <typename Float, int STAGES, int CLUSTER, int PANEL, int SKEW, int DRAWN, int SHARED_BYTES>
+template <typename Float, int STAGES, int PANEL, int SKEW, int DRAWN, int SHARED_BYTES>
 __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CUtensorMap& x, int M, int N, int K,
                                              void* shared, const void* row_factors, const void* col_factors,
                                              const void* rng, void* stage_bytes, void* row_sums, void* col_sums,
@@ -55,30 +54,25 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
 
   const int thread = threadIdx.x % 128, warpgroup = threadIdx.x / 128;
   const int warp = thread / 32, lane = threadIdx.x % 32;
-  const int rank = blockIdx.x % CLUSTER;
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       barrier_init(full + i, 1);
-      barrier_init(empty + i, 2 * 4 * CLUSTER);
+      barrier_init(empty + i, 2 * 4);
     }
     barriers_ready();
   }
   __syncthreads();
-  if constexpr (CLUSTER > 1) {
-    cluster_arrive();
-    cluster_wait();
-  }
 
-  // Tiles of a cluster, in panels of rows that are taken column by column: those that run together share operands in L2.
-  const int rows = (N + CLUSTER * BLOCK_N - 1) / (CLUSTER * BLOCK_N), columns = (K + BLOCK_K - 1) / BLOCK_K;
+  // Tiles, in panels of rows that are taken column by column: those that run together share operands in L2.
+  const int rows = (N + BLOCK_N - 1) / BLOCK_N, columns = (K + BLOCK_K - 1) / BLOCK_K;
   const int steps = (M + BLOCK_M - 1) / BLOCK_M;
   int n0, k0;
   auto locate = [&](int tile) {
     if (tile >= rows * columns) return false;
     const int panel = tile / (PANEL * columns), in_panel = tile - panel * (PANEL * columns);
     const int height = min(PANEL, rows - panel * PANEL);
-    n0 = ((panel * PANEL + in_panel % height) * CLUSTER + rank) * BLOCK_N;
+    n0 = (panel * PANEL + in_panel % height) * BLOCK_N;
     k0 = in_panel / height * BLOCK_K;
     return true;
   };
@@ -94,7 +88,7 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
   if (warpgroup == 2) {
     give_registers<24>();
     if (thread == 0) {
-      for (int tile = blockIdx.x / CLUSTER; locate(tile); tile += gridDim.x / CLUSTER)
+      for (int tile = blockIdx.x; locate(tile); tile += gridDim.x)
 #pragma unroll 1
         for (int step = 0; step < steps; ++step, advance()) {
           barrier_wait(empty + stage, phase ^ 1);
@@ -102,16 +96,9 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
 #pragma unroll
           for (int i = 0; i < BLOCK_N / 64; ++i)
             load_box(s_grad + stage * GRAD_BYTES + i * BOX_BYTES, &grad_y, n0 + i * 64, step * BLOCK_M, full + stage);
-          constexpr int SHARE = BLOCK_K / 64 / CLUSTER;
 #pragma unroll
-          for (int i = 0; i < SHARE; ++i) {
-            const int box = rank * SHARE + i;
-            uint8_t* const to = s_x + stage * X_BYTES + box * BOX_BYTES;
-            if constexpr (CLUSTER > 1)
-              load_box_to_cluster<CLUSTER>(to, &x, k0 + box * 64, step * BLOCK_M, full + stage);
-            else
-              load_box(to, &x, k0 + box * 64, step * BLOCK_M, full + stage);
-          }
+          for (int i = 0; i < BLOCK_K / 64; ++i)
+            load_box(s_x + stage * X_BYTES + i * BOX_BYTES, &x, k0 + i * 64, step * BLOCK_M, full + stage);
         }
     }
     __syncwarp();
@@ -131,14 +118,10 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
     const int quad = lane % 4, group = lane / 4;
     const QuadTranspose transpose(quad);
     auto release = [&](int used) {
-      if constexpr (CLUSTER > 1) {
-        if (lane < CLUSTER) barrier_arrive_at_rank(empty + used, lane);
-      } else {
-        if (lane == 0) barrier_arrive(empty + used);
-      }
+      if (lane == 0) barrier_arrive(empty + used);
     };
 
-    for (int tile = blockIdx.x / CLUSTER; locate(tile); tile += gridDim.x / CLUSTER) {
+    for (int tile = blockIdx.x; locate(tile); tile += gridDim.x) {
       // The rows of this lane, and the first of its blocks of random bits.
       const int n[2] = {n0 + warpgroup * 64 + warp * 16 + group, n0 + warpgroup * 64 + warp * 16 + group + 8};
       auto draw = [&](int half, int run, uint32_t (&words)[4]) {
@@ -283,11 +266,6 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
       }
       named_barrier(1 + warpgroup, 128);
     }
-  }
-  // No block ends while another may still load to it, or arrive at its barriers.
-  if constexpr (CLUSTER > 1) {
-    cluster_arrive();
-    cluster_wait();
   }
 }
 

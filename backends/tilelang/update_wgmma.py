@@ -8,7 +8,7 @@ from typing import Any
 
 import tilelang.language as T
 
-from ternarize.backends.tilelang.hopper import CLUSTERS
+from ternarize.backends.tilelang.hopper import MULTIPROCESSORS
 from ternarize.backends.tilelang.layers import Dtype, argument, pointer
 from ternarize.backends.tilelang.linear_wgmma import tensor_map
 
@@ -30,10 +30,8 @@ class UpdateTile:
 
     STAGES: int
     """Steps of 64 tokens that are in flight."""
-    CLUSTER: int
-    """Blocks that share what they load of x: 1, 2 or 4."""
     PANEL: int
-    """Rows of tiles, of a cluster each, that are taken together, column by column."""
+    """Rows of tiles that are taken together, column by column."""
     SKEW: int
     """Steps that one warpgroup has left when the other begins to round: 0 to STAGES."""
     DRAWN: int
@@ -46,7 +44,7 @@ class UpdateTile:
 
 
 #: Of any layer. Registers have room for 10 of the 16 blocks of random bits.
-TILE = UpdateTile(STAGES=4, CLUSTER=1, PANEL=8, SKEW=3, DRAWN=8)
+TILE = UpdateTile(STAGES=4, PANEL=8, SKEW=3, DRAWN=8)
 
 
 def parts_shapes(N: int, K: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -88,7 +86,7 @@ def update_program(dtype: Dtype, tile: UpdateTile) -> Any:
         row_parts = argument("row_parts", (T.dynamic("row_tiles"), N), "float32")
         col_parts = argument("col_parts", (T.dynamic("col_tiles"), K), "float32")
         status = argument("status", (2,), "int32")
-        with T.Kernel(CLUSTERS[tile.CLUSTER] * tile.CLUSTER, threads=384, cluster_dims=tile.CLUSTER):
+        with T.Kernel(MULTIPROCESSORS, threads=384):
             T.import_source(SOURCE)
             shared = T.alloc_shared((shared_bytes,), T.uint8)
             T.call_extern(

@@ -20,13 +20,6 @@ __device__ __forceinline__ void barriers_ready() {
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// The same at this barrier of any block of the cluster. With its default scope, as CUTLASS has it: what is released are
-// reads, and the scope of a cluster would wait for all of the thread's stores each time.
-__device__ __forceinline__ void barrier_arrive_at_rank(uint64_t* barrier, int rank) {
-  uint32_t address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(barrier)), "r"(rank));
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
-}
 // Arrives, and lets the phase end only when TMA has written ``bytes`` more.
 __device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
@@ -58,17 +51,6 @@ __device__ __forceinline__ void load_box_of_planes(void* to, const CUtensorMap* 
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
       "[%5];" ::"r"(shared_address(to)),
       "l"(map), "r"(column), "r"(row), "r"(0), "r"(shared_address(barrier))
-      : "memory");
-}
-// Loads a box of a matrix to the same place in each block of the cluster, and tells the barrier of this name in each.
-template <int CLUSTER>
-__device__ __forceinline__ void load_box_to_cluster(void* to, const CUtensorMap* map, int column, int row,
-                                                    uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
-      "{%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
-      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)),
-      "h"(static_cast<uint16_t>((1 << CLUSTER) - 1))
       : "memory");
 }
 // Stores a box, as far as it lies inside the matrix.
@@ -172,7 +154,7 @@ __device__ __forceinline__ void wgmma(int* d, const uint32_t* a, uint64_t b) {
 // the other, swizzled by 128 bytes. 8 rows are a core matrix. Add 8 for each row to move on.
 template <int ROWS>
 __device__ __forceinline__ uint64_t transposed_descriptor(const void* matrix) {
-  // In a cluster, addresses have the rank of the block above their 18 bits, where a descriptor has the stride of boxes.
+  // Of an address the 18 bits that the PTX manual takes: above them a descriptor has the stride of boxes.
   return (shared_address(matrix) & 0x3FFFF) >> 4 | static_cast<uint64_t>(ROWS * 128 / 16) << 16 | 64ull << 32 |
          1ull << 62;
 }

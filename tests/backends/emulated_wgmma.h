@@ -36,18 +36,13 @@ inline Mbarrier& mbarrier(uint64_t* barrier) {
   require_shared(barrier, 8);
   return *reinterpret_cast<Mbarrier*>(barrier);
 }
-inline void arrive(Mbarrier& b, int bytes) {
+inline void arrive(uint64_t* barrier, int bytes) {
+  Mbarrier& b = mbarrier(barrier);
   require(b.phase <= 1, "arrives at a barrier before barrier_init");
   require(b.pending > 0, "arrives at a barrier once more than its phase expects");
   --b.pending;
   b.bytes += bytes;
   b.end_phase();
-}
-// The same place in the shared memory of another block of the cluster.
-template <typename Value>
-Value* at_rank(Value* place, int rank) {
-  const auto offset = reinterpret_cast<uint8_t*>(place) - block().memory;
-  return reinterpret_cast<Value*>(cluster->blocks[rank].memory + offset);
 }
 
 // The place of a byte: of its address in shared memory, the bits from 4 on are flipped by those from 7 on.
@@ -77,11 +72,12 @@ inline void require_box(const CUtensorMap& map, const void* shared) {
           "a box does not start where its swizzle does");
   require_shared(shared, map.bytes());
 }
-inline void load(void* to, const CUtensorMap* map, int column, int row, uint64_t* barrier, Block* block) {
+inline void load(void* to, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
   require(current->waited_for_previous_kernel || !map->written_by_previous_kernel,
           "loads x before the previous kernel has written it");
+  require_box(*map, to);
   std::memset(to, 0xFF, map->bytes());
-  cluster->arrivals.push_back([=, shared = static_cast<uint8_t*>(to)] {
+  cluster->arrivals.push_back([=, block = &block(), shared = static_cast<uint8_t*>(to)] {
     for_each_byte(*map, *block, shared, column, row,
                   [](const uint8_t* from, uint8_t* to) { *to = from == nullptr ? 0 : *from; });
     auto& b = *reinterpret_cast<Mbarrier*>(barrier);
@@ -182,12 +178,8 @@ inline void barrier_init(uint64_t* barrier, int arrivals) {
   emulated::mbarrier(barrier) = {count, count, 0, 0, 0};
 }
 inline void barriers_ready() {}
-inline void barrier_arrive(uint64_t* barrier) { emulated::arrive(emulated::mbarrier(barrier), 0); }
-inline void barrier_arrive_at_rank(uint64_t* barrier, int rank) {
-  emulated::mbarrier(barrier);
-  emulated::arrive(*reinterpret_cast<emulated::Mbarrier*>(emulated::at_rank(barrier, rank)), 0);
-}
-inline void barrier_expect(uint64_t* barrier, int bytes) { emulated::arrive(emulated::mbarrier(barrier), bytes); }
+inline void barrier_arrive(uint64_t* barrier) { emulated::arrive(barrier, 0); }
+inline void barrier_expect(uint64_t* barrier, int bytes) { emulated::arrive(barrier, bytes); }
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   const auto& b = emulated::mbarrier(barrier);
   emulated::require(b.phase <= 1, "waits at a barrier before barrier_init");
@@ -196,20 +188,11 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
 
 inline void load_box(void* to, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
   emulated::require(map->box[2] == 1, "load_box of a map with three dimensions");
-  emulated::require_box(*map, to);
-  emulated::load(to, map, column, row, barrier, &emulated::block());
+  emulated::load(to, map, column, row, barrier);
 }
 inline void load_box_of_planes(void* to, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
   emulated::require(map->box[2] > 1, "load_box_of_planes of a map with two dimensions");
-  emulated::require_box(*map, to);
-  emulated::load(to, map, column, row, barrier, &emulated::block());
-}
-template <int CLUSTER>
-void load_box_to_cluster(void* to, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
-  emulated::require_box(*map, to);
-  for (int rank = 0; rank < CLUSTER; ++rank)
-    emulated::load(emulated::at_rank(static_cast<uint8_t*>(to), rank), map, column, row,
-                   emulated::at_rank(barrier, rank), &emulated::cluster->blocks[rank]);
+  emulated::load(to, map, column, row, barrier);
 }
 inline void store_box(const CUtensorMap* map, const void* from, int column, int row) {
   emulated::require_box(*map, from);
@@ -264,7 +247,8 @@ void give_registers() {}
 
 inline void store_to_rank(float4* place, int rank, const float* value) {
   emulated::require_shared(place, 16);
-  std::memcpy(emulated::at_rank(place, rank), value, 16);
+  const auto offset = reinterpret_cast<uint8_t*>(place) - emulated::block().memory;
+  std::memcpy(emulated::cluster->blocks[rank].memory + offset, value, 16);
 }
 
 inline void store_transposed(void* row, const uint32_t (&values)[4]) {

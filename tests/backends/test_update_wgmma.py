@@ -40,9 +40,8 @@ class UpdateCase:
     N: int
     K: int
     dtype: Dtype = "bfloat16"
-    clusters: int = 1
+    blocks: int = 1
     STAGES: int = 2
-    CLUSTER: int = 1
     PANEL: int = 2
     SKEW: int = 0
     DRAWN: int = 5
@@ -50,7 +49,7 @@ class UpdateCase:
     def tile(self) -> Any:
         from ternarize.backends.tilelang.update_wgmma import UpdateTile
 
-        return UpdateTile(STAGES=self.STAGES, CLUSTER=self.CLUSTER, PANEL=self.PANEL, SKEW=self.SKEW, DRAWN=self.DRAWN)
+        return UpdateTile(STAGES=self.STAGES, PANEL=self.PANEL, SKEW=self.SKEW, DRAWN=self.DRAWN)
 
 
 CASES = {
@@ -58,12 +57,10 @@ CASES = {
     "one tile": UpdateCase(M=130, N=128, K=256, dtype="float16", STAGES=4),
     "several tiles": UpdateCase(M=70, N=200, K=528),
     "several tiles, skewed": UpdateCase(M=300, N=200, K=528, STAGES=3, SKEW=2, DRAWN=16),
-    "several tiles, two blocks": UpdateCase(
-        M=70, N=264, K=264, dtype="float16", clusters=2, STAGES=3, PANEL=1, DRAWN=3
-    ),
-    "cluster of two": UpdateCase(M=150, N=328, K=312, CLUSTER=2, SKEW=2, DRAWN=1),
-    "cluster of two, one row": UpdateCase(M=64, N=72, K=512, CLUSTER=2, dtype="float16"),
-    "cluster of four": UpdateCase(M=65, N=456, K=80, CLUSTER=4),
+    "several tiles, two blocks": UpdateCase(M=70, N=264, K=264, dtype="float16", blocks=2, STAGES=3, PANEL=1, DRAWN=3),
+    "two panels, skewed": UpdateCase(M=150, N=328, K=312, SKEW=2, DRAWN=1),
+    "one row of tiles": UpdateCase(M=64, N=72, K=512, dtype="float16"),
+    "one column of tiles": UpdateCase(M=65, N=456, K=80, PANEL=4),
 }
 
 
@@ -72,7 +69,7 @@ def _call(case: UpdateCase, index: int) -> str:
     from ternarize.backends.tilelang.update_wgmma import update_function
 
     tile = case.tile()
-    sizes = (case.clusters, case.CLUSTER, 384, tile.shared_bytes)
+    sizes = (case.blocks, 1, 384, tile.shared_bytes)
     pointers = ", ".join(f"p[{i}]" for i in range(7))
     return f"""
     extern "C" const char* run_{index}(const CUtensorMap* maps, int M, int N, int K, void** p) {{
@@ -143,7 +140,7 @@ def test_it_stages_what_the_reference_stages(emulation: ctypes.CDLL, name: str) 
         assert layer.stage.unique().tolist() == list(range(-8, 9))
 
 
-@pytest.mark.parametrize("name", ["several tiles", "cluster of four"])
+@pytest.mark.parametrize("name", ["several tiles", "one column of tiles"])
 def test_staged_integers_saturate(emulation: ctypes.CDLL, name: str) -> None:
     case = CASES[name]
     layer = factored_layer(case.N, case.K, "cpu")
@@ -159,7 +156,7 @@ def test_staged_integers_saturate(emulation: ctypes.CDLL, name: str) -> None:
     assert layer.stage.max() == 127
 
 
-@pytest.mark.parametrize("name", ["several tiles", "cluster of two"])
+@pytest.mark.parametrize("name", ["several tiles", "two panels, skewed"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_it_flags_what_is_not_finite(emulation: ctypes.CDLL, name: str, value: float) -> None:
     case = CASES[name]
@@ -195,17 +192,16 @@ def test_no_tokens_stage_nothing() -> None:
 def test_the_program_passes_its_arguments_in_order_and_compiles(tmp_path: Path, dtype: Dtype) -> None:
     from ternarize.backends.tilelang.update_wgmma import TILE, update_program
 
-    for tile in (TILE, dataclasses.replace(TILE, CLUSTER=2)):
-        source = lower(update_program(dtype, tile))
-        call = source[source.rindex("ternarize::update_wgmma<") :].split(";")[0]
-        given = re.sub(r"\(&\((\w+)\[0\]\)\)", r"\1", call[call.index(">(") + 2 :])
-        assert re.findall(r"\w+", given) == [
-            *("grad_y_desc", "x_desc", "M", "N", "K", "shared", "row_factor", "col_factor"),
-            *("rng", "stage", "row_parts", "col_parts", "status"),
-        ]
-        # Swizzled boxes start where the pattern does.
-        assert "extern __shared__ __align__(1024)" in source
-        assert_compiles(source, tmp_path)
+    source = lower(update_program(dtype, TILE))
+    call = source[source.rindex("ternarize::update_wgmma<") :].split(";")[0]
+    given = re.sub(r"\(&\((\w+)\[0\]\)\)", r"\1", call[call.index(">(") + 2 :])
+    assert re.findall(r"\w+", given) == [
+        *("grad_y_desc", "x_desc", "M", "N", "K", "shared", "row_factor", "col_factor"),
+        *("rng", "stage", "row_parts", "col_parts", "status"),
+    ]
+    # Swizzled boxes start where the pattern does.
+    assert "extern __shared__ __align__(1024)" in source
+    assert_compiles(source, tmp_path)
 
 
 @pytest.mark.gpu

@@ -18,6 +18,7 @@ from ternarize.backends.select import Phase
 from ternarize.config import Kernels, flag, kernels_policy
 from ternarize.errors import ConfigError
 from ternarize.layer import TernaryLinear
+from ternarize.passes.base import calls
 from ternarize.passes.insert_finite_guard import GuardOutputPass, layer_calls
 from ternarize.passes.lower_ternary import choose_node, guarded_by, lowered_values
 from ternarize.passes.manager import JointPasses, PostGradPasses, run_on_dynamo_graph
@@ -89,9 +90,12 @@ def _record_choices(graph_module: fx.GraphModule, layers: Layers, phase: Phase, 
     """Note on each layer which kernel its node will get, for `ternarize.explain`."""
     for node, statuses in layer_calls(graph_module.graph):
         choice = choose_node(node, phase, policy)
+        reason = choice.reason
+        if phase == "training" and choice.backend == "tilelang":
+            reason += ", and so does the stage of its update; the rest of training has no TileLang kernels"
         for status in statuses:
             if status in layers:
-                layers[status].choices[phase] = (choice.backend, choice.reason)
+                layers[status].choices[phase] = (choice.backend, reason)
 
 
 def _start_kernels(graph_module: fx.GraphModule, phase: Phase, policy: Kernels) -> None:
@@ -100,10 +104,12 @@ def _start_kernels(graph_module: fx.GraphModule, phase: Phase, policy: Kernels) 
         stem, values = lowered_values(node)
         if choose_node(node, phase, policy).backend == "tilelang":
             # TileLang takes a second to import.
-            from ternarize.backends.tilelang.programs import prepare
+            from ternarize.backends.tilelang.programs import prepare, prepare_update
 
             x, T_packed, _, E_mantissa, bias, _, group_size = values
             prepare(stem, x, T_packed, E_mantissa, bias, group_size, guarded=bool(guarded_by(node)))
+            if calls(node, torch.ops.ternarize.linear_train):
+                prepare_update(x.dtype)
 
 
 def _layers(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Layers:

@@ -38,11 +38,14 @@ class Facts:
     in_features: int
     out_features: tuple[int, ...]
     planes: tuple[int, ...]
+    """Of each layer; of an update, empty: they have one."""
     group_size: int
     mantissas: tuple[torch.dtype | None, ...]
     """Of each layer, the dtype of E_mantissa, or None; of a call that takes no mantissas, empty."""
     rule: str = ""
     """Of an update."""
+    trains_exponents: bool = False
+    """Whether an update of `update_stage` or `update_apply` is also one of E."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,13 @@ class Choice:
 
     backend: str
     reason: str
+
+
+#: Position of the tensors that an update has for exponents: stage_E or E_accum.
+_EXPONENTS = {"update_stage": 7, "update_apply": 6}
+
+#: Ops of training graphs that have TileLang kernels, behind their gate.
+_TILELANG_TRAINING = (*LINEAR_STEM.values(), "update_stage", "update_apply")
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
@@ -66,20 +76,23 @@ def facts_of(stem: str, args: Sequence[Any]) -> Facts:
         x, T_packed, mantissas, in_features, group_size = args[0], args[1], args[3], args[0].shape[-1], args[6]
     elif stem == "grad_input":
         (x, *_), T_packed, mantissas, in_features, group_size = args[0], args[1], args[3], args[4], args[5]
-    elif stem in ("update_stage", "update_apply"):
-        x, T_packed, mantissas, in_features, group_size = args[1], args[2], [], args[1].shape[-1], args[-2]
+    elif stem in _EXPONENTS:
+        # An update that a graph calls tells of what it mutates no more than how many tensors there are.
+        x, T_packed, mantissas, in_features, group_size = args[1], [], [], args[1].shape[-1], args[-2]
     else:
         x, T_packed, mantissas, in_features, group_size = args[2], [args[0]], [], args[2].shape[1], args[17]
+    of_layers, dim = (args[0], -1) if stem in _EXPONENTS else (T_packed, -2)
     return Facts(
         device=x.device.type,
         capability=_capability(x.device),
         dtype=x.dtype,
         in_features=int(in_features),
-        out_features=tuple(int(packed.shape[-2]) for packed in T_packed),
+        out_features=tuple(int(rows.shape[dim]) for rows in of_layers),
         planes=tuple(int(packed.shape[0]) if packed.dim() == 3 else 1 for packed in T_packed),
         group_size=group_size,
         mantissas=tuple(None if m is None else m.dtype for m in mantissas),
         rule=args[-1] if stem.startswith("update") else "",
+        trains_exponents=stem in _EXPONENTS and len(args[_EXPONENTS[stem]]) > 0,
     )
 
 
@@ -117,8 +130,9 @@ def choose(stem: str, phase: Phase, facts: Facts, policy: Kernels, *, tilelang: 
                 "kernels=tilelang covers inference graphs only, and this is a training graph: use auto, or set "
                 "TERNARIZE_TILELANG_TRAINING=1"
             )
-        # TileLang has no kernels for the backward yet: the gate opens its forward.
-        policy = "tilelang" if stem in LINEAR_STEM.values() else "triton"
+        if stem not in _TILELANG_TRAINING:
+            other = _choose(stem, phase, facts, "auto", tilelang)
+            return Choice(other.backend, f"there is no TileLang kernel for {stem}; {other.reason}")
     return _choose(stem, phase, facts, policy, tilelang)
 
 

@@ -83,8 +83,10 @@ class LowerTernaryPass(GraphPass):
         functionalised = node.target is torch.ops.higher_order.auto_functionalized_v2
         stem = hook.default._schema.name.removeprefix("ternarize::")
         names = [argument.name for argument in hook.default._schema.arguments]
-        # Mutated arguments are replaced by indices into the bases: none of them is a fact that a verifier needs.
-        args = [node.kwargs.get(name, []) for name in names] if functionalised else list(node.args)
+        # Mutated arguments are replaced by indices into the bases: how many there are is all that a verifier needs.
+        kwargs: dict[str, Any] = dict(node.kwargs)
+        mutated = {name: [None] * kwargs.get(f"_{name}_length", 0) for name in names if name not in kwargs}
+        args = [(kwargs | mutated)[name] for name in names] if functionalised else list(node.args)
         facts = facts_of(stem, [_value(argument) for argument in args])
         choice = choose(stem, self._phase, facts, self._policy)
         op = lowered(stem, choice.backend)

@@ -91,9 +91,9 @@ _LOWERED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "linear": (_LINEAR, "linear", BACKENDS),
     "linear_int8": (_LINEAR_INT8, "linear_int8", BACKENDS),
     "grad_input": (_GRAD_INPUT, "grad_input", ("triton", "torch")),
-    "update_stage": (_UPDATE_STAGE, "update", ("triton", "torch")),
+    "update_stage": (_UPDATE_STAGE, "update", BACKENDS),
     "update_commit": (_UPDATE_COMMIT, "update", ("triton", "torch")),
-    "update_apply": (_UPDATE_APPLY, "update", ("triton", "torch")),
+    "update_apply": (_UPDATE_APPLY, "update", BACKENDS),
 }
 
 

@@ -1,4 +1,7 @@
-"""TileLang kernels: the default in inference graphs on Hopper. TileLang itself is imported when a kernel is built."""
+"""TileLang kernels: the default in inference graphs on Hopper, and behind a gate the forward and the stage of training.
+
+TileLang itself is imported when a kernel is built.
+"""
 
 import importlib.metadata
 import importlib.util
@@ -14,6 +17,9 @@ if TYPE_CHECKING:
 
 #: Compute capability of Hopper: the kernels use its wgmma and TMA instructions.
 CAPABILITY = (9, 0)
+
+#: Both are the same kernel.
+UPDATES = ("update_stage", "update_apply")
 
 #: in_features of which a sum of products of 64 and 128 may leave int32.
 MOST_INT8_COLUMNS = 2**17
@@ -44,16 +50,13 @@ def verify(stem: str, facts: "Facts") -> tuple[bool, str]:
     """Whether a TileLang kernel can run a call, and why not.
 
     Args:
-        stem: linear, linear_int8, grad_input, update_stage or update_commit.
+        stem: of the op.
         facts: of the call.
     """
-    K = facts.in_features
-    g = facts.group_size if facts.group_size > 0 else K
+    if stem not in ("linear", "linear_int8", *UPDATES):
+        return False, f"there is no TileLang kernel for {stem}"
+    of_op = _refusals_of_update(facts) if stem in UPDATES else _refusals_of_linear(stem, facts)
     for refused, reason in (
-        (
-            stem not in ("linear", "linear_int8"),
-            f"there is no TileLang kernel for {stem}, only for linear and linear_int8",
-        ),
         (facts.device != "cuda", f"the tensors are on {facts.device}, need cuda"),
         (
             facts.capability != CAPABILITY,
@@ -63,6 +66,30 @@ def verify(stem: str, facts: "Facts") -> tuple[bool, str]:
             facts.dtype not in (torch.bfloat16, torch.float16),
             f"the activations are {facts.dtype}, need torch.bfloat16 or torch.float16",
         ),
+        *of_op,
+        (importlib.util.find_spec("tilelang") is None, "the package tilelang is not installed"),
+        (not finds_nvcc(), "TileLang compiles with nvcc, and there is none on PATH or under CUDA_HOME"),
+    ):
+        if refused:
+            return False, reason
+    return True, "TileLang runs on Hopper"
+
+
+def _refusals_of_update(facts: "Facts") -> tuple[tuple[bool, str], ...]:
+    sizes = (("in_features", [facts.in_features]), ("out_features", facts.out_features))
+    odd = [f"{name} {size}" for name, of_layers in sizes for size in of_layers if size % 8]
+    return (
+        (facts.rule != "factored", f"the rule is {facts.rule}, need factored"),
+        (facts.trains_exponents, "exponents are trained, need train_exponents=False"),
+        (len(odd) > 0, f"the layers have {', '.join(odd)}, need multiples of 8: rows of 16 bytes for TMA"),
+        (importlib.util.find_spec("triton") is None, "triton is not installed, whose kernels do the rest of an update"),
+    )
+
+
+def _refusals_of_linear(stem: str, facts: "Facts") -> tuple[tuple[bool, str], ...]:
+    K = facts.in_features
+    g = facts.group_size if facts.group_size > 0 else K
+    return (
         (len(set(facts.planes)) > 1, f"layers of one call have {' and '.join(map(str, facts.planes))} trit planes"),
         (
             len(set(facts.mantissas)) > 1,
@@ -81,9 +108,4 @@ def verify(stem: str, facts: "Facts") -> tuple[bool, str]:
             stem == "linear_int8" and K >= MOST_INT8_COLUMNS,
             f"in_features is {K}, int8 products need fewer than {MOST_INT8_COLUMNS} for sums of 32 bits",
         ),
-        (importlib.util.find_spec("tilelang") is None, "the package tilelang is not installed"),
-        (not finds_nvcc(), "TileLang compiles with nvcc, and there is none on PATH or under CUDA_HOME"),
-    ):
-        if refused:
-            return False, reason
-    return True, "TileLang runs on Hopper"
+    )

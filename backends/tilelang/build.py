@@ -18,6 +18,7 @@ from ternarize.backends.tilelang.hopper import TARGET
 from ternarize.backends.tilelang.layers import Dtype, LayerShape
 from ternarize.backends.tilelang.linear_decode import DecodeTile, decode_program
 from ternarize.backends.tilelang.linear_wgmma import Tile, wgmma_program
+from ternarize.backends.tilelang.update_wgmma import TILE, UpdateTile, update_program
 from ternarize.config import Activation
 
 Kernel = Callable[..., None]
@@ -25,7 +26,7 @@ Kernel = Callable[..., None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """All that a kernel depends on."""
+    """All that a kernel of linear layers depends on."""
 
     layers: tuple[LayerShape, ...]
     K: int
@@ -40,20 +41,31 @@ class Program:
     tile: DecodeTile | Tile
 
 
-def compile_program(program: Program) -> Kernel:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UpdateProgram:
+    """All that a kernel of `update_stage` depends on: one is for all layers."""
+
+    dtype: Dtype
+    """Of grad_y and x."""
+    tile: UpdateTile = TILE
+
+
+def compile_program(program: Program | UpdateProgram) -> Kernel:
     """Trace a program, then compile it or load it from TileLang's cache. Any number of threads may."""
-    of_call = (program.layers, program.K, program.g, program.dtype)
-    guarded, activation = program.guarded, program.activation
-    function: Any
-    if isinstance(program.tile, DecodeTile):
-        function = decode_program(*of_call, guarded=guarded, tile=program.tile, activation=activation)
-    else:
-        function = wgmma_program(*of_call, guarded=guarded, tile=program.tile, activation=activation)
+    function = update_program(program.dtype, program.tile) if isinstance(program, UpdateProgram) else _linear(program)
     kernel: Kernel = tilelang.compile(function, target=TARGET)
     return kernel
 
 
-_kernels: dict[Program, Future[Kernel]] = {}
+def _linear(program: Program) -> Any:
+    of_call = (program.layers, program.K, program.g, program.dtype)
+    guarded, activation = program.guarded, program.activation
+    if isinstance(program.tile, DecodeTile):
+        return decode_program(*of_call, guarded=guarded, tile=program.tile, activation=activation)
+    return wgmma_program(*of_call, guarded=guarded, tile=program.tile, activation=activation)
+
+
+_kernels: dict[Program | UpdateProgram, Future[Kernel]] = {}
 _lock = threading.Lock()
 
 
@@ -63,7 +75,7 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="ternarize-compile")
 
 
-def start(program: Program) -> Future[Kernel]:
+def start(program: Program | UpdateProgram) -> Future[Kernel]:
     """Begin to build a kernel in the background, unless that was begun before."""
     with _lock:
         if program not in _kernels:

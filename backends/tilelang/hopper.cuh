@@ -27,6 +27,11 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(COMMITS) : "memory");
 }
 
+// Has the 128 bytes that hold an address brought from memory into L2.
+__device__ __forceinline__ void prefetch_to_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // Activations are read by every block, and not before wait_for_previous_kernel: volatile, and not as constants, which a
 // compiler may read earlier.
 __device__ __forceinline__ uint2 load_activations(const void* address) {
@@ -70,6 +75,22 @@ __device__ __forceinline__ uint32_t three_times_plus(uint32_t a, uint32_t b) {
   else
     asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(a) : "r"(0x40404040u), "r"(b));
   return a;
+}
+
+// a · b, clamped to 0 and 1.
+__device__ __forceinline__ float multiply_clamped(float a, float b) {
+  float d;
+  asm("mul.rn.sat.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+}
+
+// Two bytes of a word, sign-extended to int16: those that 0xA280 or 0xB391 select, even or odd. __byte_perm does not know
+// the bit of a selector that stands for eight times the sign of a byte.
+template <uint32_t SELECTOR>
+__device__ __forceinline__ uint32_t sign_extended(uint32_t word) {
+  uint32_t d;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(d) : "r"(word), "n"(SELECTOR));
+  return d;
 }
 
 // The low 16 bits, a 16-bit float, as the bits of a float32.

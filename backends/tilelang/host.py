@@ -63,15 +63,15 @@ def launch(
     x, *scale = inputs
     K = x.shape[-1]
     outputs = [x.new_empty((*x.shape[:-1], packed.shape[-2]), dtype=dtype) for packed in T_packed]
-    rows = _aligned(x).view(-1, K)
+    rows = aligned(x).view(-1, K)
     M = rows.shape[0]
     if M == 0:
         return outputs
     arguments = [rows, *(each.contiguous().view(-1) for each in scale)]
     for i, mantissa in enumerate(E_mantissa):
-        arguments += [_aligned(T_packed[i]), _aligned(E[i])]
+        arguments += [aligned(T_packed[i]), aligned(E[i])]
         if mantissa is not None:
-            arguments.append(_aligned(mantissa.expand(E[i].shape)))
+            arguments.append(aligned(mantissa.expand(E[i].shape)))
         arguments += [tensor for tensor in (bias[i], bias_exponent[i]) if tensor is not None]
         arguments += status[i : i + 1]
     layers = layer_shapes(T_packed, E_mantissa, bias)
@@ -82,7 +82,7 @@ def launch(
     return outputs
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def aligned(tensor: Tensor) -> Tensor:
     """The tensor, contiguous and at an address that is a multiple of 16 bytes: a copy if it is not."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

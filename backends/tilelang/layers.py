@@ -84,12 +84,13 @@ def call_arguments(
         x [M, K], whose M is known at the call; scale, float32 [M], or None; and the buffers of each layer.
     """
     M = T.dynamic("M")
-    x = _argument("x", (M, K), "int8" if activation == "int8" else dtype)
-    scale = _argument("scale", (M,), "float32") if activation == "int8" else None
+    x = argument("x", (M, K), "int8" if activation == "int8" else dtype)
+    scale = argument("scale", (M,), "float32") if activation == "int8" else None
     return x, scale, _layer_arguments(layers, M, K, g, dtype, guarded=guarded)
 
 
-def _argument(name: str, shape: tuple[Any, ...], dtype: str) -> Any:
+def argument(name: str, shape: tuple[Any, ...], dtype: str) -> Any:
+    """Declare one argument of the prim_func that is being built: a contiguous tensor."""
     return tvm.script.ir_builder.tirx.arg(name, T.Tensor(shape, dtype))
 
 
@@ -102,13 +103,13 @@ def _layer_arguments(
         planes = (layer.planes,) if layer.planes > 1 else ()
         inputs.append(
             {
-                "T_packed": _argument(f"T_packed_{i}", (*planes, layer.N, B), "uint8"),
-                "E": _argument(f"E_{i}", (layer.N, G), "int8"),
-                "E_mantissa": _argument(f"E_mantissa_{i}", (layer.N, G), layer.mantissa) if layer.mantissa else None,
-                "bias": _argument(f"bias_{i}", (layer.N,), "int32") if layer.bias else None,
-                "bias_exponent": _argument(f"bias_exponent_{i}", (1,), "int8") if layer.bias else None,
-                "status": _argument(f"status_{i}", (2,), "int32") if guarded else None,
+                "T_packed": argument(f"T_packed_{i}", (*planes, layer.N, B), "uint8"),
+                "E": argument(f"E_{i}", (layer.N, G), "int8"),
+                "E_mantissa": argument(f"E_mantissa_{i}", (layer.N, G), layer.mantissa) if layer.mantissa else None,
+                "bias": argument(f"bias_{i}", (layer.N,), "int32") if layer.bias else None,
+                "bias_exponent": argument(f"bias_exponent_{i}", (1,), "int8") if layer.bias else None,
+                "status": argument(f"status_{i}", (2,), "int32") if guarded else None,
             }
         )
-    outputs = [_argument(f"y_{i}", (M, layer.N), dtype) for i, layer in enumerate(layers)]
+    outputs = [argument(f"y_{i}", (M, layer.N), dtype) for i, layer in enumerate(layers)]
     return [LayerBuffers(**buffers, y=y) for buffers, y in zip(inputs, outputs, strict=True)]

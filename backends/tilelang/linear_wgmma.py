@@ -86,7 +86,7 @@ class Tile:
         return self.BLOCK_M * 128 * _X_BYTES[activation] + self.BLOCK_N * 32 * planes + 16
 
 
-def _tensor_map(buffer: Any, box: tuple[int, ...]) -> Any:
+def tensor_map(buffer: Any, box: tuple[int, ...]) -> Any:
     """A TMA descriptor of a row-major buffer, whose last dimension TMA counts first.
 
     Args:
@@ -170,11 +170,11 @@ def wgmma_program(
 
     def layer_argument(layer, tensors):
         # TMA stores rows that are a multiple of 16 bytes.
-        y_boxes = _tensor_map(tensors.y, tile.y_box()) if layer.N % 8 == 0 else 0
+        y_boxes = tensor_map(tensors.y, tile.y_box()) if layer.N % 8 == 0 else 0
         return T.call_extern(
             "handle",
             "ternarize::layer",
-            _tensor_map(tensors.T_packed, tile.packed_box(planes)),
+            tensor_map(tensors.T_packed, tile.packed_box(planes)),
             y_boxes,
             layer.N,
             *tensors.pointers(),
@@ -191,7 +191,7 @@ def wgmma_program(
             T.call_extern(
                 "handle",
                 function,
-                _tensor_map(x, tile.x_box(K, g, activation)),
+                tensor_map(x, tile.x_box(K, g, activation)),
                 x.shape[0],
                 T.access_ptr(shared[0], "rw"),
                 pointer(scale, "r"),

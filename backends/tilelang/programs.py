@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ternarize.backends.tilelang import build, host, linear, linear_int8
-from ternarize.backends.tilelang.layers import LayerShape
+from ternarize.backends.tilelang.layers import LayerShape, dtype_name
 
 _PROGRAM_FOR: dict[str, Callable[..., build.Program]] = {
     "linear": linear.program_for,
@@ -71,3 +71,8 @@ def prepare(
         if M > 0:
             gpu = host.gpu_name(x.device)
             build.start(program_for(stem, M, layers, K, group_size, x.dtype, guarded=guarded, gpu=gpu))
+
+
+def prepare_update(dtype: torch.dtype) -> None:
+    """Begin to build the kernel that stages gradients of this dtype: one is for all layers."""
+    build.start(build.UpdateProgram(dtype=dtype_name(dtype)))

@@ -1,4 +1,4 @@
-// What linear_wgmma.cuh needs of Hopper beyond hopper.cuh: TMA, mbarriers, warpgroup matrix products.
+// What the kernels on wgmma need of Hopper beyond hopper.cuh: TMA, mbarriers, warpgroup matrix products.
 #include <cuda.h>
 #include <stdint.h>
 
@@ -71,8 +71,12 @@ __device__ __forceinline__ void fence_for_tma() { asm volatile("fence.proxy.asyn
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-// The same, and whether any of the threads says so. The vote is for the compiler alone: after it knows that all of a warp
-// get the same answer, it keeps what depends on it in uniform registers.
+// Counts this warp among those that a named_barrier waits for, and goes on.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// A named_barrier, and whether any of its threads says so. The vote is for the compiler alone: after it knows that all of
+// a warp get the same answer, it keeps what depends on it in uniform registers.
 __device__ __forceinline__ bool any_of(int id, int threads, bool condition) {
   int any;
   asm volatile(
@@ -145,6 +149,21 @@ template <int N>
 __device__ __forceinline__ void wgmma(int* d, const uint32_t* a, uint64_t b) {
   tl::wgmma_rs<tl::DataType::kInt8, tl::DataType::kInt8, tl::DataType::kInt32, 64, N, 32, false, false, 1, 1>(
       a, b, reinterpret_cast<uint32_t*>(d), true);
+}
+// What describes a transposed matrix, whose K lies along columns: boxes of 64 columns of 16 bits and ROWS rows, one after
+// the other, swizzled by 128 bytes. 8 rows are a core matrix. Add 8 for each row to move on.
+template <int ROWS>
+__device__ __forceinline__ uint64_t transposed_descriptor(const void* matrix) {
+  // Of an address the 18 bits that the PTX manual takes: above them a descriptor has the stride of boxes.
+  return (shared_address(matrix) & 0x3FFFF) >> 4 | static_cast<uint64_t>(ROWS * 128 / 16) << 16 | 64ull << 32 |
+         1ull << 62;
+}
+// d = Aᵀ · B, plus d if ``add``: A [16, 64] and B [16, N] in shared memory, d [64, N] in float32.
+template <typename Float, int N>
+__device__ __forceinline__ void wgmma_transposed(float* d, uint64_t a, uint64_t b, bool add) {
+  constexpr tl::DataType TYPE = std::is_same_v<Float, __half> ? tl::DataType::kFloat16 : tl::DataType::kBFloat16;
+  tl::wgmma_ss<TYPE, TYPE, tl::DataType::kFloat32, 64, N, 16, true, true, 1, 1>(a, b, reinterpret_cast<uint32_t*>(d),
+                                                                               add);
 }
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

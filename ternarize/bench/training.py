@@ -112,7 +112,8 @@ def _refuse_and_lr(device: torch.device) -> tuple[Tensor, Tensor]:
 def update(kernel: str, grad_y: Tensor, x: Tensor, layer: TernaryLinear) -> Tensor:
     """One step of training of a layer, by the kernels of a backend; returns its trits."""
     ops.lowered("update_stage", kernel)(*stage_arguments(grad_y, x, layer))
-    ops.lowered("update_commit", kernel)(
+    # TileLang leaves the commit to Triton (`ternarize.backends.select`).
+    ops.lowered("update_commit", "triton" if kernel == "tilelang" else kernel)(
         layer.T_packed,
         layer.E,
         layer.T_accum,
@@ -163,8 +164,7 @@ class UpdateEntrant:
         """Why it cannot run, or None."""
         if self.name == DENSE:
             return None
-        stems = ("update_stage", "update_commit")
-        if (reason := next(filter(None, (missing(stem, self.name) for stem in stems)), None)) is not None:
+        if (reason := missing("update_stage", self.name)) is not None:
             return reason
         arguments = stage_arguments(self._step.grad_y, self._step.x, self._step.before)
         ok, reason = verify(self.name, "update_stage", facts_of("update_stage", arguments))

@@ -24,7 +24,7 @@ HELP = "show versions and devices, and check every kernel that can run here agai
 
 #: The ops that each backend is checked on.
 STEMS: dict[str, tuple[str, ...]] = {
-    "tilelang": ("linear",),
+    "tilelang": ("linear", "update_stage"),
     "triton": ("linear", "grad_input", "update_stage", "update_commit"),
     "torch": ("linear", "grad_input", "update_stage", "update_commit"),
 }

@@ -31,6 +31,9 @@ struct uint2 {
 struct uint4 {
   uint32_t x, y, z, w;
 };
+struct float2 {
+  float x, y;
+};
 struct float4 {
   float x, y, z, w;
 };
@@ -99,12 +102,13 @@ struct Barrier {
   explicit Barrier(int threads) : threads(threads) {}
   void arrive_and_wait(const char* what = "a barrier") {
     const int mine = phase;
-    if (++arrived == threads) {
-      arrived = 0;
-      ++phase;
-    } else {
-      wait_until(what, [this, mine] { return phase != mine; });
-    }
+    arrive();
+    if (phase == mine) wait_until(what, [this, mine] { return phase != mine; });
+  }
+  void arrive() {
+    if (++arrived < threads) return;
+    arrived = 0;
+    ++phase;
   }
   int threads, arrived = 0, phase = 0;
 };
@@ -262,11 +266,29 @@ const char* run(int clusters, int cluster_size, int threads, size_t shared_bytes
 inline void __syncthreads() { emulated::block().barrier.arrive_and_wait("__syncthreads"); }
 inline void __syncwarp() { emulated::warp().barrier.arrive_and_wait("__syncwarp"); }
 inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
+inline uint32_t __float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
   uint32_t result = 0;
   for (int i = 0; i < 4; ++i) result |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
   return result;
+}
+// Of two int16 in each word.
+template <typename Function>
+uint32_t in_halves(Function function, uint32_t a, uint32_t b, uint32_t c = 0) {
+  uint32_t result = 0;
+  for (int i : {0, 16}) {
+    const auto half = [i](uint32_t word) { return static_cast<int16_t>(word >> i); };
+    result |= static_cast<uint32_t>(static_cast<uint16_t>(function(half(a), half(b), half(c)))) << i;
+  }
+  return result;
+}
+inline uint32_t __vmaxs2(uint32_t a, uint32_t b) {
+  return in_halves([](int x, int y, int) { return max(x, y); }, a, b);
+}
+inline uint32_t __viaddmin_s16x2(uint32_t a, uint32_t b, uint32_t c) {
+  return in_halves([](int x, int y, int z) { return min(x + y, z); }, a, b, c);
 }
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
   return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (shift & 31));
@@ -276,10 +298,11 @@ inline float __shfl_sync(uint32_t, float value, int lane, int width) {
   emulated::exchange({std::bit_cast<uint32_t>(value)}, all);
   return std::bit_cast<float>(all[emulated::lane() / width * width + lane][0]);
 }
-inline int __shfl_xor_sync(uint32_t, int value, int lanes) {
+template <typename Value>
+Value __shfl_xor_sync(uint32_t, Value value, int mask) {
   uint32_t all[32][1];
-  emulated::exchange({static_cast<uint32_t>(value)}, all);
-  return static_cast<int>(all[emulated::lane() ^ lanes][0]);
+  emulated::exchange({std::bit_cast<uint32_t>(value)}, all);
+  return std::bit_cast<Value>(all[emulated::lane() ^ mask][0]);
 }
 inline uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
   uint32_t all[32][1];

@@ -47,6 +47,7 @@ template <int COMMITS>
 void wait_for_copies() {
   emulated::current->copies.wait(COMMITS);
 }
+inline void prefetch_to_l2(const void* address) { emulated::require_readable(address, 1); }
 inline uint2 load_activations(const void* address) {
   emulated::require(emulated::current->waited_for_previous_kernel, "reads x before the previous kernel has written it");
   emulated::require(reinterpret_cast<uintptr_t>(address) % 8 == 0, "misaligned");
@@ -57,6 +58,19 @@ inline float load_scale(const float* address) {
   emulated::require(emulated::current->waited_for_previous_kernel, "reads scale before the previous kernel wrote it");
   emulated::require_readable(address, 4);
   return *address;
+}
+
+inline float multiply_clamped(float a, float b) {
+  const float product = a * b;
+  return product > 0 ? min(product, 1.0f) : 0;
+}
+
+template <uint32_t SELECTOR>
+uint32_t sign_extended(uint32_t word) {
+  static_assert(SELECTOR == 0xA280 || SELECTOR == 0xB391);
+  const int first = SELECTOR & 1;
+  const auto half = [&](int i) { return static_cast<uint16_t>(static_cast<int8_t>(word >> 8 * (first + 2 * i))); };
+  return static_cast<uint32_t>(half(1)) << 16 | half(0);
 }
 
 template <typename Float>

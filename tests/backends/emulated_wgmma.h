@@ -91,14 +91,30 @@ float number(uint32_t word, int i) {
   return std::bit_cast<float>(ternarize::float_bits<Float>(word >> 16 * i & 0xFFFF));
 }
 
-constexpr int DESCRIPTOR_ADDRESS_BITS = 60;
+// Of what a descriptor has above an address in units of 16 bytes: the swizzle; below it, of transposed matrices, the bytes
+// from 64 columns to the next.
+constexpr int DESCRIPTOR_SWIZZLE = 60, DESCRIPTOR_STRIDE = 44;
+inline uint8_t* matrix_of(uint64_t descriptor) {
+  return reinterpret_cast<uint8_t*>((descriptor & ((1ull << DESCRIPTOR_STRIDE) - 1)) << 4);
+}
+
+// Both rows of a column of d.
+template <typename Sum, int K>
+void add_products(Sum* d, const Sum (&a)[2][K], const Sum (&b)[K], bool add) {
+  for (int half = 0; half < 2; ++half) {
+    Sum sum = 0;
+    for (int k = 0; k < K; ++k) sum += a[half][k] * b[k];
+    Sum& to = d[half * 2];
+    to = add ? to + sum : sum;
+  }
+}
 
 // The fragment of this lane, d = A · B or d += A · B, of its product ``index`` in the warp, for operands with ``PER_WORD``
 // values in a register, which decode(word, place) takes from it.
 template <int PER_WORD, int N, typename Sum, typename Decode>
 void multiply(Sum* d, size_t index, uint64_t descriptor, bool add, Decode decode) {
-  const int swizzle = descriptor >> DESCRIPTOR_ADDRESS_BITS << 4;
-  auto* const matrix = reinterpret_cast<uint8_t*>((descriptor & ((1ull << DESCRIPTOR_ADDRESS_BITS) - 1)) << 4);
+  const int swizzle = descriptor >> DESCRIPTOR_SWIZZLE << 4;
+  uint8_t* const matrix = matrix_of(descriptor);
   constexpr int K = 8 * PER_WORD;
   Sum a[2][K];
   for (int q = 0; q < 4; ++q) {
@@ -115,12 +131,31 @@ void multiply(Sum* d, size_t index, uint64_t descriptor, bool add, Decode decode
                     4);
         b[k] = decode(word, k % PER_WORD);
       }
-      for (int half = 0; half < 2; ++half) {
-        Sum sum = 0;
-        for (int k = 0; k < K; ++k) sum += a[half][k] * b[k];
-        Sum& to = d[n8 / 2 + half * 2 + i];
-        to = add ? to + sum : sum;
-      }
+      add_products(d + n8 / 2 + i, a, b, add);
+    }
+}
+
+// 16 rows of a column of a transposed matrix.
+template <typename Float>
+void read_transposed(uint64_t descriptor, int column, float (&to)[16]) {
+  const uint64_t stride = (descriptor >> DESCRIPTOR_STRIDE & 0xFFFF) << 4;
+  uint8_t* const box = matrix_of(descriptor) + column / 64 * stride;
+  for (int k = 0; k < 16; ++k) {
+    uint16_t bits;
+    std::memcpy(&bits, swizzled(block(), box + k * 128 + column % 64 * 2, 128), 2);
+    to[k] = number<Float>(bits, 0);
+  }
+}
+// The same of d = Aᵀ · B or d += Aᵀ · B.
+template <typename Float, int N>
+void multiply_transposed(float* d, uint64_t a_descriptor, uint64_t b_descriptor, bool add) {
+  float a[2][16], b[16];
+  for (int half = 0; half < 2; ++half)
+    read_transposed<Float>(a_descriptor, current->index.x % 128 / 32 * 16 + lane() / 4 + half * 8, a[half]);
+  for (int n8 = 0; n8 < N; n8 += 8)
+    for (int i = 0; i < 2; ++i) {
+      read_transposed<Float>(b_descriptor, n8 + lane() % 4 * 2 + i, b);
+      add_products(d + n8 / 2 + i, a, b, add);
     }
 }
 
@@ -184,6 +219,11 @@ inline void named_barrier(int id, int threads) {
   barrier.threads = threads;
   barrier.arrive_and_wait("named_barrier");
 }
+inline void named_barrier_arrive(int id, int threads) {
+  auto& barrier = emulated::block().named_barriers[id];
+  barrier.threads = threads;
+  barrier.arrive();
+}
 
 inline bool any_of(int id, int threads, bool condition) {
   auto& block = emulated::block();
@@ -224,7 +264,12 @@ inline void store_transposed(void* row, const uint32_t (&values)[4]) {
 // As wgmma has it, in units of 16 bytes; above the address, the swizzle.
 template <int ROW_BYTES>
 uint64_t matrix_descriptor(const void* matrix) {
-  return reinterpret_cast<uint64_t>(matrix) >> 4 | ROW_BYTES / 16ull << emulated::DESCRIPTOR_ADDRESS_BITS;
+  return reinterpret_cast<uint64_t>(matrix) >> 4 | ROW_BYTES / 16ull << emulated::DESCRIPTOR_SWIZZLE;
+}
+template <int ROWS>
+uint64_t transposed_descriptor(const void* matrix) {
+  return reinterpret_cast<uint64_t>(matrix) >> 4 | static_cast<uint64_t>(ROWS * 128 >> 4) << emulated::DESCRIPTOR_STRIDE |
+         128ull >> 4 << emulated::DESCRIPTOR_SWIZZLE;
 }
 template <typename Float, int N>
 void wgmma(float* d, const uint32_t* a, uint64_t b, bool add) {
@@ -237,6 +282,11 @@ void wgmma(int* d, const uint32_t* a, uint64_t b) {
   emulated::begin_product(a, [=](size_t index) {
     emulated::multiply<4, N>(d, index, b, true, [](uint32_t word, int i) { return static_cast<int8_t>(word >> 8 * i); });
   });
+}
+template <typename Float, int N>
+void wgmma_transposed(float* d, uint64_t a, uint64_t b, bool add) {
+  emulated::require(emulated::current->may_multiply, "wgmma without wgmma_fence");
+  emulated::current->products.begin([=] { emulated::multiply_transposed<Float, N>(d, a, b, add); });
 }
 inline void wgmma_fence() { emulated::current->may_multiply = true; }
 inline void wgmma_commit() {

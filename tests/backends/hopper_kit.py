@@ -177,6 +177,25 @@ def emulate(library: ctypes.CDLL, function: str, readable: Iterable[Tensor | Non
     assert failure is None, failure.decode()
 
 
+class TensorMap(ctypes.Structure):
+    """CUtensorMap of emulated_wgmma.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("extents", ctypes.c_int64 * 3),
+        ("box", ctypes.c_int * 3),
+        ("element_bytes", ctypes.c_int),
+        ("swizzle", ctypes.c_int),
+        ("written_by_previous_kernel", ctypes.c_int),
+    )
+
+    @classmethod
+    def of(cls, tensor: Tensor, box: tuple[int, ...], *, written: bool = False) -> "TensorMap":
+        size = tensor.element_size()
+        extents, sizes = ((*reversed(each), 1)[:3] for each in (tensor.shape, box))
+        return cls(tensor.data_ptr(), extents, sizes, size, box[-1] * size, written)
+
+
 # For the GPU.
 
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 pytest.importorskip("tilelang", reason="TileLang is for Linux")
 
-from ternarize import ternarize
+from ternarize import TernaryOptimizer, explain, ternarize
 from ternarize.backends import compiler
 from ternarize.backends.select import Choice
 from ternarize.backends.tilelang import build, host, linear
-from ternarize.backends.tilelang.build import Program
+from ternarize.backends.tilelang.build import Program, UpdateProgram
 from ternarize.backends.tilelang.linear_decode import DecodeTile
 from ternarize.config import Activation, TernaryConfig
 from tests.backends.kit import random_weights
@@ -34,9 +34,9 @@ class Attention(nn.Module):
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The programs that are begun, in a compiler that takes this machine for one with Hopper."""
-    programs: list[Program] = []
+    programs: list[Any] = []
     monkeypatch.setattr(compiler, "choose_node", lambda *_: Choice("tilelang", "said the test"))
     monkeypatch.setattr(host, "gpu_name", lambda _: None)
     monkeypatch.setattr(build, "start", programs.append)
@@ -44,10 +44,10 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
     return programs
 
 
-def compiled(*, activation: Activation = "float", **options: Any) -> Any:
+def compiled(*, activation: Activation = "float", trainable: bool = False, **options: Any) -> Any:
     torch.manual_seed(0)
     config = TernaryConfig(activation=activation)
-    model = ternarize(Attention(), config, trainable=False).to(torch.bfloat16)
+    model = ternarize(Attention(), config, trainable=trainable).to(torch.bfloat16)
     return torch.compile(model, backend="ternary", **options)
 
 
@@ -81,6 +81,16 @@ def test_a_dynamic_number_of_tokens_begins_decoding_of_one_too(started: list[Pro
     expected = [linear.choose_tile(M, merged[0].layers, 128, 128, "bfloat16", None) for M in (40, 1)]
     assert [program.tile for program in merged] == expected
     assert isinstance(merged[1].tile, DecodeTile)
+
+
+def test_a_training_graph_begins_the_stage_of_its_updates_too(started: list[Program | UpdateProgram]) -> None:
+    model = compiled(trainable=True)
+    TernaryOptimizer(model)
+    model(torch.randn(40, 128, dtype=torch.bfloat16))
+    # One for each call, and the same one.
+    updates = [program for program in started if isinstance(program, UpdateProgram)]
+    assert updates == [UpdateProgram(dtype="bfloat16")] * 2
+    assert "so does the stage of its update" in str(explain(model))
 
 
 def test_a_kernel_is_built_once_and_its_failure_raised_where_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:

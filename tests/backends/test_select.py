@@ -64,14 +64,22 @@ def test_a_forced_backend_is_taken_or_raises(
         choose("linear", phase, ON_GPU, policy)
 
 
-def test_tilelang_trains_only_behind_its_gate_and_leaves_the_backward_to_triton(
+def test_tilelang_trains_only_behind_its_gate_and_leaves_to_triton_what_it_has_no_kernels_for(
     refusing: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(KernelError, match="set TERNARIZE_TILELANG_TRAINING=1"):
         choose("linear", "training", ON_GPU, "tilelang")
     monkeypatch.setenv("ARB_TILELANG_TRAINING", "1")
     assert choose("linear", "training", ON_GPU, "tilelang").backend == "tilelang"
-    assert choose("update_stage", "training", ON_GPU, "tilelang").backend == "triton"
+    assert choose("update_stage", "training", ON_GPU, "tilelang").backend == "tilelang"
+    assert choose("update_apply", "training", ON_GPU, "tilelang").backend == "tilelang"
+    for stem in ("grad_input", "update_commit"):
+        reason = f"there is no TileLang kernel for {stem}; triton says so"
+        assert choose(stem, "training", ON_GPU, "tilelang") == Choice("triton", reason)
+    refusing.add("tilelang")
+    select._choose.cache_clear()
+    with pytest.raises(KernelError, match="kernels=tilelang cannot run update_stage: tilelang says so"):
+        choose("update_stage", "training", ON_GPU, "tilelang")
 
 
 def test_a_cpu_gets_the_reference(refusing: set[str]) -> None:

@@ -74,10 +74,37 @@ def test_verify_says_what_it_got_and_what_it_needs(nvcc: Path, change: dict[str,
     assert backend.verify("linear", dataclasses.replace(FACTS, **change)) == (False, reason)
 
 
+UPDATE = dataclasses.replace(FACTS, in_features=40, out_features=(4096, 328), mantissas=(), rule="factored")
+
+
+@pytest.mark.parametrize("stem", ["update_stage", "update_apply"])
+def test_verify_accepts_an_update_of_factored(nvcc: Path, stem: str) -> None:
+    for change in ({}, {"dtype": torch.float16}, {"group_size": 12}):
+        ok, reason = backend.verify(stem, dataclasses.replace(UPDATE, **change))
+        assert ok, reason
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"capability": (10, 0)}, "the GPU has compute capability 10.0, need 9.0 (Hopper)"),
+        ({"dtype": torch.float32}, "the activations are torch.float32, need torch.bfloat16 or torch.float16"),
+        ({"rule": "sign"}, "the rule is sign, need factored"),
+        ({"trains_exponents": True}, "exponents are trained, need train_exponents=False"),
+        (
+            {"in_features": 60, "out_features": (8, 333)},
+            "the layers have in_features 60, out_features 333, need multiples of 8: rows of 16 bytes for TMA",
+        ),
+    ],
+)
+def test_verify_says_what_an_update_needs(nvcc: Path, change: dict[str, Any], reason: str) -> None:
+    assert backend.verify("update_stage", dataclasses.replace(UPDATE, **change)) == (False, reason)
+
+
 def test_verify_refuses_other_ops(nvcc: Path) -> None:
     assert backend.verify("grad_input", FACTS) == (
         False,
-        "there is no TileLang kernel for grad_input, only for linear and linear_int8",
+        "there is no TileLang kernel for grad_input",
     )
 
 

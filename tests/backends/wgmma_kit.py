@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from tests.backends.hopper_kit import Case, Inputs, Operands, addresses, compile_emulation, emulate
+from tests.backends.hopper_kit import Case, Inputs, Operands, TensorMap, addresses, compile_emulation, emulate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,25 +22,6 @@ class WgmmaCase(Case):
         from ternarize.backends.tilelang.linear_wgmma import Tile
 
         return Tile(**{"BLOCK_M": 32, "ROW_TILES": 1, "WARPGROUPS": 2, "STAGES": 3, **self.tile})
-
-
-class TensorMap(ctypes.Structure):
-    """CUtensorMap of emulated_wgmma.h."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("extents", ctypes.c_int64 * 3),
-        ("box", ctypes.c_int * 3),
-        ("element_bytes", ctypes.c_int),
-        ("swizzle", ctypes.c_int),
-        ("written_by_previous_kernel", ctypes.c_int),
-    )
-
-    @classmethod
-    def of(cls, tensor: Tensor, box: tuple[int, ...], *, written: bool = False) -> "TensorMap":
-        size = tensor.element_size()
-        extents, sizes = ((*reversed(each), 1)[:3] for each in (tensor.shape, box))
-        return cls(tensor.data_ptr(), extents, sizes, size, box[-1] * size, written)
 
 
 def _call(case: WgmmaCase, index: int) -> str:

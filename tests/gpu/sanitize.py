@@ -93,7 +93,8 @@ def call_some(first: int, step: int) -> None:
         count += 1
     if first == 0:
         # The kernels of training.
-        print(check_backend("triton", torch.device("cuda")))
+        for backend in ("tilelang", "triton"):
+            print(check_backend(backend, torch.device("cuda")))
     print(f"{count} calls", flush=True)
 
 

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
+from ternarize import TernaryOptimizer
+from ternarize.backends.select import Choice, Facts, Phase, choose
+from ternarize.config import Kernels
 from ternarize.errors import KernelError, TernarizeError
-from ternarize.layer import TernaryLinear
+from ternarize.layer import Apply, TernaryLinear
 from ternarize.passes import lower_ternary
 from ternarize.passes.lower_ternary import LowerTernaryPass
 
@@ -43,6 +46,30 @@ def test_triton_is_used_where_it_is_forced(
     eager.sum().backward()
     torch.testing.assert_close(x.grad, y.grad)
     assert lowered_graphs == [Counter(linear_triton=1), Counter(grad_input_triton=1, update_stage_triton=1)]
+
+
+@pytest.mark.parametrize("apply", ["step", "backward"])
+@pytest.mark.parametrize("train_exponents", [False, True])
+def test_the_choice_of_an_update_knows_whether_exponents_train(
+    make_layer: MakeLayer,
+    compile_fresh: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    apply: Apply,
+    train_exponents: bool,
+) -> None:
+    seen: dict[str, Facts] = {}
+
+    def record(stem: str, phase: Phase, facts: Facts, policy: Kernels, **rest: bool) -> Choice:
+        seen[stem] = facts
+        return choose(stem, phase, facts, policy, **rest)
+
+    monkeypatch.setattr("ternarize.passes.lower_ternary.choose", record)
+    layer = make_layer(32, 16, train_exponents=train_exponents)
+    TernaryOptimizer(layer, apply=apply)
+    compile_fresh(layer)(torch.ones(3, 32)).sum().backward()
+    facts = seen["update_stage" if apply == "step" else "update_apply"]
+    assert (facts.rule, facts.trains_exponents) == ("factored", train_exponents)
+    assert (facts.in_features, facts.out_features) == (32, (16,))
 
 
 def test_tilelang_forced_in_training_says_what_to_do(make_layer: MakeLayer, compile_fresh: Callable[..., Any]) -> None:

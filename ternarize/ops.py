@@ -180,6 +180,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
 # Implementations: lowered ops call their kernel, semantic ops choose one.
 
 
+@functools.cache
 def _mutated(schema: str) -> tuple[int, ...]:
     """Positions of the arguments that an op of this schema mutates."""
     return tuple(i for i, argument in enumerate(torch._C.parse_schema("f" + schema).arguments) if argument.is_write)

@@ -274,9 +274,6 @@ def test_checkpointing_runs_each_block_again() -> None:
     assert runs == [1, 2]
 
 
-# Allocations.
-
-
 # The command.
 
 

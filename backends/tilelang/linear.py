@@ -12,24 +12,35 @@ from ternarize.backends.tilelang.layers import Dtype, LayerShape, dtype_name
 from ternarize.backends.tilelang.linear_decode import DecodeTile, choose_decode_tile
 from ternarize.backends.tilelang.linear_wgmma import Tile, choose_wgmma_tile
 from ternarize.backends.tilelang.tuned import tuned_tile
+from ternarize.config import Activation
 
 
 @functools.lru_cache(maxsize=4096)
 def choose_tile(
-    M: int, layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, gpu: str | None = None
+    M: int,
+    layers: tuple[LayerShape, ...],
+    K: int,
+    g: int,
+    dtype: Dtype,
+    gpu: str | None = None,
+    activation: Activation = "float",
 ) -> Tile | DecodeTile:
     """Which of the two programs a call runs, and its sizes.
 
     What was measured comes first (`ternarize.backends.tilelang.tuned`), for ``gpu`` as `torch.cuda.get_device_name`
-    names it, or for any Hopper card if None. Else what `choose_decode_tile` takes goes to linear_decode.cuh, and all
-    that is left to wgmma.
+    names it, or for any Hopper card if None; programs of int8 activations are not tuned. Else what `choose_decode_tile`
+    takes goes to linear_decode.cuh, and all that is left to wgmma.
     """
-    return tuned_tile(gpu, M, layers, K, g, dtype) or heuristic_tile(M, layers, K, g, dtype)
+    tuned = tuned_tile(gpu, M, layers, K, g, dtype) if activation == "float" else None
+    return tuned or heuristic_tile(M, layers, K, g, dtype, activation)
 
 
-def heuristic_tile(M: int, layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype) -> Tile | DecodeTile:
+def heuristic_tile(
+    M: int, layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, activation: Activation = "float"
+) -> Tile | DecodeTile:
     """The choice of `choose_tile` where nothing was measured."""
-    return choose_decode_tile(M, layers, K, g) or choose_wgmma_tile(M, layers, K, g, dtype)
+    decode = choose_decode_tile(M, layers, K, g, activation)
+    return decode or choose_wgmma_tile(M, layers, K, g, dtype, activation)
 
 
 def program_for(
@@ -41,12 +52,13 @@ def program_for(
     *,
     guarded: bool,
     gpu: str | None,
+    activation: Activation = "float",
 ) -> Program:
     """The program that a call of M tokens runs on a GPU, named as for `choose_tile`: one for all layers."""
     g = group_size if group_size > 0 else K
     name = dtype_name(dtype)
-    tile = choose_tile(M, layers, K, g, name, gpu)
-    return Program(layers=layers, K=K, g=g, dtype=name, activation="float", guarded=guarded, tile=tile)
+    tile = choose_tile(M, layers, K, g, name, gpu, activation)
+    return Program(layers=layers, K=K, g=g, dtype=name, activation=activation, guarded=guarded, tile=tile)
 
 
 def linear(

@@ -6,30 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ternarize.backends.tilelang.build import Program
+from ternarize.backends.tilelang import linear
 from ternarize.backends.tilelang.host import launch
-from ternarize.backends.tilelang.layers import LayerShape, dtype_name
-from ternarize.backends.tilelang.linear_decode import choose_decode_tile
-from ternarize.backends.tilelang.linear_wgmma import choose_wgmma_tile
 
-
-@functools.lru_cache(maxsize=4096)
-def program_for(
-    M: int,
-    layers: tuple[LayerShape, ...],
-    K: int,
-    group_size: int,
-    dtype: torch.dtype,
-    *,
-    guarded: bool,
-    gpu: str | None,  # noqa: ARG001  # the arguments of `linear`'s; tiles of these programs are not tuned
-) -> Program:
-    """The program that a call of M tokens runs, one for all layers."""
-    g = group_size if group_size > 0 else K
-    name = dtype_name(dtype)
-    decode = choose_decode_tile(M, layers, K, g, "int8")
-    tile = decode or choose_wgmma_tile(M, layers, K, g, name, "int8")
-    return Program(layers=layers, K=K, g=g, dtype=name, activation="int8", guarded=guarded, tile=tile)
+program_for = functools.partial(linear.program_for, activation="int8")
 
 
 def linear_int8(

@@ -44,6 +44,7 @@ Tensors that a rule does not need are left out: lists are empty, single tensors 
 
 import functools
 import importlib
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -191,9 +192,10 @@ def _run(stem: str, backend: str, mutated: tuple[int, ...], *args: Any) -> Any:
     with torch._C._DisableAutocast():
         result = kernel(stem, backend)(*args)
     # Kernels write past autograd's version counters, which is how a commit between forward and backward is noticed.
-    for i in mutated:
-        tensors = args[i] if isinstance(args[i], list | tuple) else [args[i]]
-        torch.autograd.graph.increment_version([t for t in tensors if t is not None and not t.is_inference()])
+    written = itertools.chain.from_iterable(
+        args[i] if isinstance(args[i], list | tuple) else (args[i],) for i in mutated
+    )
+    torch.autograd.graph.increment_version([t for t in written if t is not None and not t.is_inference()])
     return result
 
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ternarize.backends.torch.linear import dense_bias
+from ternarize.backends.triton.launch import ceil_div, launch
 from ternarize.backends.triton.packed import group_scale, multiprocessors
 from ternarize.packing import ROW, WORKSPACE_BYTES, groups_per_row
 
@@ -114,8 +115,10 @@ def dequantise(T_packed: Tensor, E: Tensor, n: slice, k: slice, in_features: int
     rows, columns = n.stop - n.start, k.stop - k.start
     size = in_features if group_size == ROW else min(group_size, in_features)
     ALIGNED, BLOCK_K = alignment(size, in_features)
-    blocks_k = triton.cdiv(columns, BLOCK_K)
-    dequantise_kernel[(triton.cdiv(rows, _BLOCK_N) * blocks_k,)](
+    blocks_k = ceil_div(columns, BLOCK_K)
+    launch(
+        dequantise_kernel,
+        ceil_div(rows, _BLOCK_N) * blocks_k,
         T_packed,
         E,
         W,

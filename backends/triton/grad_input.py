@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ternarize.backends.triton import dense
+from ternarize.backends.triton.launch import ceil_div, launch
 from ternarize.backends.triton.linear import blocks
 from ternarize.backends.triton.packed import (
     INTERPRETED,
@@ -109,7 +110,9 @@ def grad_input(
             mantissa = mantissa.expand(N, groups)
         out = rows.new_empty(shape, dtype=output_dtype(dtype) if i == len(T_packed) - 1 else torch.float32)
         with torch.cuda.device_of(rows):
-            grad_input_kernel[(triton.cdiv(M, BLOCK_M) * tiles,)](
+            launch(
+                grad_input_kernel,
+                ceil_div(M, BLOCK_M) * tiles,
                 rows,
                 packed.contiguous(),
                 E[i].contiguous(),

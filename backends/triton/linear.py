@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ternarize.backends.triton import dense
+from ternarize.backends.triton.launch import ceil_div, launch
 from ternarize.backends.triton.packed import (
     INTERPRETED,
     columns,
@@ -119,7 +120,9 @@ def linear(
             mantissa = mantissa.expand(N, groups)
         y = x.new_empty((*x.shape[:-1], N), dtype=output_dtype(x.dtype))
         with torch.cuda.device_of(x):
-            linear_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)](
+            launch(
+                linear_kernel,
+                ceil_div(M, BLOCK_M) * ceil_div(N, BLOCK_N),
                 rows,
                 packed.contiguous(),
                 E[i].contiguous(),

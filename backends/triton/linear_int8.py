@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ternarize.backends.triton.launch import ceil_div, launch
 from ternarize.backends.triton.linear import blocks
 from ternarize.backends.triton.packed import columns, decode, group_scale, load_codes, output_dtype, tiling
 from ternarize.packing import groups_per_row
@@ -91,7 +92,9 @@ def linear_int8(
             mantissa = mantissa.expand(N, groups)
         y = q.new_empty((*q.shape[:-1], N), dtype=output_dtype(dtype))
         with torch.cuda.device_of(q):
-            linear_int8_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)](
+            launch(
+                linear_int8_kernel,
+                ceil_div(M, BLOCK_M) * ceil_div(N, BLOCK_N),
                 rows,
                 scale,
                 packed.contiguous(),

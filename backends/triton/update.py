@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ternarize.backends.torch import update as reference
 from ternarize.backends.triton import update_tma
+from ternarize.backends.triton.launch import ceil_div, launch
 from ternarize.backends.triton.rounding import clamp, commit_words, commit_words_apart, load_key, round_off
 from ternarize.backends.triton.update_plain import stage_anywhere
 from ternarize.backends.triton.update_vectors import commit_vectors, finish_stage, normalisers
@@ -257,7 +258,9 @@ def update_commit(
         rate, bar = 2 * theta / unit, theta + (T_momentum is None)
     committed = torch.empty_like(refuse)
     with torch.cuda.device_of(T_packed):
-        commit_kernel[(triton.cdiv(T_packed.numel(), _RUN.value * COMMIT_RUNS),)](
+        launch(
+            commit_kernel,
+            ceil_div(T_packed.numel(), _RUN.value * COMMIT_RUNS),
             T_packed,
             T_accum,
             T_momentum,

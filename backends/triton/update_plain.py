@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ternarize.backends.torch import update as reference
+from ternarize.backends.triton.launch import ceil_div, launch
 from ternarize.backends.triton.packed import INTERPRETED, columns, decode, load_codes, tiling
 from ternarize.backends.triton.rounding import (
     clamp,
@@ -159,14 +160,16 @@ def stage_anywhere(
     size, chunks, tiles, BLOCK_C = tiling(K, tiled_as)
     # More rows spill registers.
     BLOCK_N = 64
-    tiles_n = triton.cdiv(N, BLOCK_N)
+    tiles_n = ceil_div(N, BLOCK_N)
     row_factor, col_factor = factors if factors is not None else (None, None)
     parts = None
     if factors is not None:
         parts = stage.new_empty((tiles, N), dtype=torch.float32), stage.new_empty((tiles_n, K), dtype=torch.float32)
     row_parts, col_parts = parts if parts is not None else (None, None)
     slope = stage.new_empty((N, tiles), dtype=torch.float32) if stage_E is not None and chunks > 1 else None
-    stage_kernel[(tiles_n * tiles,)](
+    launch(
+        stage_kernel,
+        tiles_n * tiles,
         grad_y,
         x,
         T_packed,

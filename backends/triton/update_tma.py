@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ternarize.backends.torch import update as reference
+from ternarize.backends.triton.launch import ceil_div, launch
 from ternarize.backends.triton.packed import multiprocessors
 from ternarize.backends.triton.rounding import clamp, gradient_bits, load_key, round_off, to_fixed
 
@@ -23,6 +24,9 @@ _FLOAT32_MAX = tl.constexpr(torch.finfo(torch.float32).max)
 
 #: Compute capability of Hopper. Later architectures have other tensor cores, on which this was not tried.
 _CAPABILITY = 9
+
+#: What all SMs of an H100 together read of L2.
+L2_GIGABYTES = 5500
 
 #: A row of a tensor descriptor starts at a multiple of so many bytes (CUDA driver API, cuTensorMapEncodeTiled).
 _ALIGNMENT = 16
@@ -41,13 +45,15 @@ class Tile(NamedTuple):
     num_warps: int
     PANEL: int
     """Rows of tiles that are taken together, column by column."""
+    GIGAFLOPS: int
+    """What an SM of an H100 does at most, as `tile_of` has it."""
 
 
-#: From large to small: the first of which there are as many as SMs is taken, else the last.
+#: From large to small. Of several that `tile_of` holds equal, the first is taken.
 TILES = (
-    Tile(256, 128, 64, SLICES=4, num_stages=4, num_warps=8, PANEL=8),
-    Tile(128, 128, 64, SLICES=4, num_stages=3, num_warps=4, PANEL=16),
-    Tile(64, 64, 64, SLICES=2, num_stages=4, num_warps=4, PANEL=8),
+    Tile(256, 128, 64, SLICES=4, num_stages=4, num_warps=8, PANEL=8, GIGAFLOPS=5000),
+    Tile(128, 128, 64, SLICES=4, num_stages=3, num_warps=4, PANEL=16, GIGAFLOPS=4500),
+    Tile(64, 64, 64, SLICES=2, num_stages=4, num_warps=4, PANEL=8, GIGAFLOPS=2500),
 )
 
 
@@ -185,11 +191,18 @@ def _aligned(rows: Tensor) -> bool:
 
 
 def tile_of(N: int, K: int, processors: int) -> Tile:
-    """The entry of `TILES` for a layer on a GPU of so many SMs."""
-    for tile in TILES:
-        if triton.cdiv(N, tile.BLOCK_N) * triton.cdiv(K, tile.BLOCK_K) >= processors:
-            return tile
-    return TILES[-1]
+    """The entry of `TILES` that takes a layer the least time a token on a GPU of so many SMs.
+
+    Either the SMs multiply all the time, the last wave like a full one, or L2 hands out operands all the time.
+    """
+
+    def nanoseconds(tile: Tile) -> float:
+        tiles = ceil_div(N, tile.BLOCK_N) * ceil_div(K, tile.BLOCK_K)
+        # Tiles that share an SM share its tensor cores.
+        a_processor = ceil_div(tiles, processors) * 2 * tile.BLOCK_N * tile.BLOCK_K / tile.GIGAFLOPS
+        return max(a_processor, tiles * 2 * (tile.BLOCK_N + tile.BLOCK_K) / L2_GIGABYTES)
+
+    return min(TILES, key=nanoseconds)
 
 
 def stage_factored(
@@ -221,11 +234,13 @@ def stage_factored(
     """
     (M, N), K = grad_y.shape, x.shape[1]
     tile = tile or tile_of(N, K, multiprocessors(x.device))
-    tiles_n, tiles_k = triton.cdiv(N, tile.BLOCK_N), triton.cdiv(K, tile.BLOCK_K)
+    tiles_n, tiles_k = ceil_div(N, tile.BLOCK_N), ceil_div(K, tile.BLOCK_K)
     warps = min(tile.num_warps, tile.BLOCK_N // 16)
     row_parts = stage.new_empty((tiles_k, N), dtype=torch.float32)
     col_parts = stage.new_empty((tiles_n * warps, K), dtype=torch.float32)
-    stage_tma_kernel[(tiles_n * tiles_k,)](
+    launch(
+        stage_tma_kernel,
+        tiles_n * tiles_k,
         TensorDescriptor.from_tensor(grad_y, [tile.BLOCK_M, tile.BLOCK_N]),
         TensorDescriptor.from_tensor(x, [tile.BLOCK_M, tile.BLOCK_K]),
         row_factor,

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ternarize.backends.torch import update as reference
+from ternarize.backends.triton.launch import ceil_div, launch
 from ternarize.packing import E_MAX, E_MIN
 
 _NO_STATISTICS = tl.constexpr(reference.NO_STATISTICS)
@@ -190,8 +191,18 @@ def normalisers(row_log2: Tensor, col_log2: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.normalisers` in one launch."""
     N, K = row_log2.shape[0], col_log2.shape[0]
     row_factor, col_factor = (vector.new_empty(vector.shape, dtype=torch.float32) for vector in (row_log2, col_log2))
-    normalisers_kernel[(triton.cdiv(N, _NORMALISED) + triton.cdiv(K, _NORMALISED),)](
-        row_log2, col_log2, row_factor, col_factor, N, K, BLOCK=_NORMALISED, num_warps=32, enable_fp_fusion=False
+    launch(
+        normalisers_kernel,
+        ceil_div(N, _NORMALISED) + ceil_div(K, _NORMALISED),
+        row_log2,
+        col_log2,
+        row_factor,
+        col_factor,
+        N,
+        K,
+        BLOCK=_NORMALISED,
+        num_warps=32,
+        enable_fp_fusion=False,
     )
     return row_factor, col_factor
 
@@ -209,11 +220,23 @@ def finish_stage(
     programs, N, K, row_tiles, col_tiles = 1, 0, 0, 0, 0
     if parts is not None:
         (row_tiles, N), (col_tiles, K) = parts[0].shape, parts[1].shape
-        programs = triton.cdiv(N, _BLOCK) + triton.cdiv(K, _BLOCK)
+        programs = ceil_div(N, _BLOCK) + ceil_div(K, _BLOCK)
     row, col = sums if sums is not None else (None, None)
     row_parts, col_parts = parts if parts is not None else (None, None)
-    finish_stage_kernel[(programs,)](
-        row, col, row_parts, col_parts, status, N, K, row_tiles, col_tiles, BLOCK=_BLOCK, num_warps=8
+    launch(
+        finish_stage_kernel,
+        programs,
+        row,
+        col,
+        row_parts,
+        col_parts,
+        status,
+        N,
+        K,
+        row_tiles,
+        col_tiles,
+        BLOCK=_BLOCK,
+        num_warps=8,
     )
 
 
@@ -236,8 +259,10 @@ def commit_vectors(
     """
     N, K = (0, 0) if stage_row is None or stage_col is None else (stage_row.shape[0], stage_col.shape[0])
     exponents = 0 if stage_E is None else stage_E.numel()
-    programs = triton.cdiv(N, _BLOCK) + triton.cdiv(K, _BLOCK) + triton.cdiv(exponents, _BLOCK)
-    commit_vectors_kernel[(max(programs, 1),)](
+    programs = ceil_div(N, _BLOCK) + ceil_div(K, _BLOCK) + ceil_div(exponents, _BLOCK)
+    launch(
+        commit_vectors_kernel,
+        max(programs, 1),
         E,
         E_accum,
         stage_E,

@@ -314,9 +314,11 @@ class TernaryOptimizer(torch.optim.Optimizer):
             settings |= dict.fromkeys(layers, (drop.to(torch.int32).reshape(1), rate, group))
         for layer in self._replicas.summed(self._staged(settings)):
             self._commit(layer, *settings[layer])
-            layer.rng[2:].add_(~refuse.to(layer.rng.device, non_blocking=True))
             if self._mode == "hooks":
                 layer.release_stage()
+        for _, layers in self._groups():
+            steps = (~refuse).to(layers[0].rng.device, torch.int64, non_blocking=True)
+            torch._foreach_add_([layer.rng[2] for layer in layers], steps)
 
     def _staged(self, layers: Iterable[TernaryLinear]) -> Iterator[TernaryLinear]:
         for layer in layers:

@@ -5,6 +5,7 @@ slice of columns at a time, which spills nothing. Tiles are numbered in panels o
 share operands in L2.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -25,9 +26,6 @@ _FLOAT32_MAX = tl.constexpr(torch.finfo(torch.float32).max)
 #: Compute capability of Hopper. Later architectures have other tensor cores, on which this was not tried.
 _CAPABILITY = 9
 
-#: What all SMs of an H100 together read of L2.
-L2_GIGABYTES = 5500
-
 #: A row of a tensor descriptor starts at a multiple of so many bytes (CUDA driver API, cuTensorMapEncodeTiled).
 _ALIGNMENT = 16
 
@@ -45,15 +43,15 @@ class Tile(NamedTuple):
     num_warps: int
     PANEL: int
     """Rows of tiles that are taken together, column by column."""
-    GIGAFLOPS: int
-    """What an SM of an H100 does at most, as `tile_of` has it."""
+    TERAFLOPS: float
+    """What an SM does with it, as measured on an H200 (docs/benchmarks.md)."""
 
 
-#: From large to small. Of several that `tile_of` holds equal, the first is taken.
+#: From large to small.
 TILES = (
-    Tile(256, 128, 64, SLICES=4, num_stages=4, num_warps=8, PANEL=8, GIGAFLOPS=5000),
-    Tile(128, 128, 64, SLICES=4, num_stages=3, num_warps=4, PANEL=16, GIGAFLOPS=4500),
-    Tile(64, 64, 64, SLICES=2, num_stages=4, num_warps=4, PANEL=8, GIGAFLOPS=2500),
+    Tile(256, 128, 64, SLICES=4, num_stages=4, num_warps=8, PANEL=8, TERAFLOPS=6.0),
+    Tile(128, 128, 64, SLICES=4, num_stages=3, num_warps=4, PANEL=16, TERAFLOPS=5.1),
+    Tile(64, 64, 64, SLICES=2, num_stages=4, num_warps=4, PANEL=8, TERAFLOPS=3.0),
 )
 
 
@@ -190,19 +188,16 @@ def _aligned(rows: Tensor) -> bool:
     return rows.stride(1) == 1 and row_bytes % _ALIGNMENT == 0 and rows.data_ptr() % _ALIGNMENT == 0
 
 
+@functools.cache
 def tile_of(N: int, K: int, processors: int) -> Tile:
-    """The entry of `TILES` that takes a layer the least time a token on a GPU of so many SMs.
+    """The entry of `TILES` that should take a layer the least time on a GPU of so many SMs."""
 
-    Either the SMs multiply all the time, the last wave like a full one, or L2 hands out operands all the time.
-    """
-
-    def nanoseconds(tile: Tile) -> float:
+    def time(tile: Tile) -> float:
         tiles = ceil_div(N, tile.BLOCK_N) * ceil_div(K, tile.BLOCK_K)
-        # Tiles that share an SM share its tensor cores.
-        a_processor = ceil_div(tiles, processors) * 2 * tile.BLOCK_N * tile.BLOCK_K / tile.GIGAFLOPS
-        return max(a_processor, tiles * 2 * (tile.BLOCK_N + tile.BLOCK_K) / L2_GIGABYTES)
+        # The last wave takes as long as a full one.
+        return ceil_div(tiles, processors) * tile.BLOCK_N * tile.BLOCK_K / tile.TERAFLOPS
 
-    return min(TILES, key=nanoseconds)
+    return min(TILES, key=time)
 
 
 def stage_factored(

@@ -14,9 +14,9 @@ from tests.backends.test_update import integers, random_layer, stage, staged
 
 #: Tiles that the interpreter is through with in a second.
 SMALL = [
-    Tile(16, 64, 16, SLICES=2, num_stages=1, num_warps=4, PANEL=2),
-    Tile(32, 128, 16, SLICES=4, num_stages=1, num_warps=4, PANEL=2),
-    Tile(16, 128, 32, SLICES=2, num_stages=1, num_warps=4, PANEL=2),
+    Tile(16, 64, 16, SLICES=2, num_stages=1, num_warps=4, PANEL=2, TERAFLOPS=1.0),
+    Tile(32, 128, 16, SLICES=4, num_stages=1, num_warps=4, PANEL=2, TERAFLOPS=1.0),
+    Tile(16, 128, 32, SLICES=2, num_stages=1, num_warps=4, PANEL=2, TERAFLOPS=1.0),
 ]
 
 on_the_cpu_or_a_gpu = pytest.mark.parametrize(
@@ -133,7 +133,9 @@ def test_it_refuses_what_a_descriptor_cannot_hold() -> None:
     assert not update_tma.takes(rows(4, 16, dtype=torch.float32), rows(4, 24, dtype=torch.float32))
 
 
-def test_a_large_layer_gets_a_large_tile() -> None:
-    first, last = TILES[0], TILES[-1]
-    assert update_tma.tile_of(14336, 4096, 132) == first
-    assert update_tma.tile_of(64, 64, 132) == last
+@pytest.mark.parametrize(
+    ("N", "K", "tile"),
+    [(64, 64, 2), (768, 768, 2), (512, 2048, 2), (2048, 768, 1), (768, 2048, 1), (2048, 2048, 0), (14336, 4096, 0)],
+)
+def test_the_tile_of_a_layer_is_the_one_that_was_fastest(N: int, K: int, tile: int) -> None:
+    assert update_tma.tile_of(N, K, 132) == TILES[tile]

@@ -138,6 +138,9 @@ def _pieces(layers: Iterable[TernaryLinear]) -> Iterator[tuple[list[Tensor], lis
     complete: list[TernaryLinear] = []
     room = PIECE
     for layer in layers:
+        if layer.stage is not None:
+            # Without a micro-batch it holds what an earlier step left.
+            layer.stage.masked_fill_(layer.status[1] == 0, 0)
         for stage in (layer.stage_E, layer.stage):
             rest = torch.empty(0) if stage is None else stage.view(-1)
             while rest.numel():

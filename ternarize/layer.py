@@ -253,7 +253,7 @@ class TernaryLinear(nn.Module):
         """Say what backward does with a gradient, and allocate what it needs for that.
 
         Args:
-            apply: "step" takes a stage, 8 bits a weight, that the optimizer's step empties; the others take none.
+            apply: "step" takes a stage, 8 bits a weight, that the optimizer's step applies; the others take none.
             lr: float32 [1], for "backward"; read there, and kept as this tensor.
             refuse: int32 [1], for "backward": where it is set, no update is made. Layers of one optimizer share it.
             threshold: of the optimizer, for "backward".
@@ -275,7 +275,7 @@ class TernaryLinear(nn.Module):
         self._announce()
 
     def allocate_stage(self) -> None:
-        """A stage of zeros."""
+        """A stage of no micro-batch."""
         assert self.T_accum is not None
         device = self.T_packed.device
         self.stage = torch.zeros(self.T_accum.shape, dtype=torch.int8, device=device)

@@ -33,10 +33,11 @@ Arguments, by name, with the letters of `ternarize.packing`:
     row_log2       int16 [N]                              col_log2       int16 [K]
     T_accum        int8 [N, K]                            T_momentum     int8 [N, K]
     E_accum        int8 [N, G]                            rng            int64 [3]: seed, layer, step
-    stage          int8 [N, K]: sum of u                  stage_E        int8 [N, G]: sum of exponent votes
+    stage          int8 [N, K]: sum of u of as many       stage_E        int8 [N, G]: sum of exponent votes
+                   micro-batches as status counts
     stage_row      float32 [N]: sum of G² along K         stage_col      float32 [K]: sum of G² along N
     status         int32 [2]: bits of what was not finite, staged micro-batches
-    refuse         int32 [1]: not 0 means clear the stage and change nothing else
+    refuse         int32 [1]: not 0 means drop what is staged and change nothing else
     lr             float32 [1]: learning rate             apply          when the state changes: `TernaryOptimizer`
 
 Tensors that a rule does not need are left out: lists are empty, single tensors are None.

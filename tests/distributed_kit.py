@@ -195,6 +195,17 @@ def scaled(rank: int) -> Any:
     return before, scales, state(model)
 
 
+def sums_of_one_rank(rank: int) -> Any:
+    """Of a layer that had no micro-batch on the second rank, where an earlier step left something in its stage."""
+    layer = make_layer(16, 4, "sign")
+    layer.prepare_training()
+    assert layer.stage is not None
+    layer.stage.fill_(3 - rank)
+    layer.status[1] = 1 - rank
+    list(Replicas().summed([layer]))
+    return layer.stage, layer.status
+
+
 def saturated_sums(rank: int) -> Any:
     """Sums beyond int8, in pieces that end inside layers and at their ends."""
     layers = [make_layer(16, 4, "sign"), make_layer(7, 3, "sign"), make_layer(16, 8, "int8")]
@@ -235,6 +246,7 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
     "fsdp": under_fsdp,
     "scaled": scaled,
     "sums": saturated_sums,
+    "sums of one rank": sums_of_one_rank,
     "group": in_a_group_of_its_own,
     "sharded": sharded_by_fsdp,
     "backward": lambda rank: refusal_of(lambda: TernaryOptimizer(make_model(), apply="backward")),

@@ -135,6 +135,12 @@ def test_sums_are_limited_and_never_wrap(ranks: list[dict[str, Any]]) -> None:
         assert col.tolist() == [2 * i + 1 for i in range(16)]
 
 
+def test_a_rank_without_a_micro_batch_adds_nothing(ranks: list[dict[str, Any]]) -> None:
+    for stage, status in (rank["sums of one rank"] for rank in ranks):
+        assert (stage == 3).all()
+        assert status.tolist() == [0, 1]
+
+
 def test_a_group_says_whose_gradients_are_summed(ranks: list[dict[str, Any]]) -> None:
     for rank, results in enumerate(ranks):
         model = make_model()

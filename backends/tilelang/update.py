@@ -46,6 +46,7 @@ def stage_factored(
     """
     (M, N), K = grad_y.shape, x.shape[1]
     if M == 0:
+        stage.masked_fill_(status[1] == 0, 0)
         return None
     row_parts, col_parts = (stage.new_empty(shape, dtype=torch.float32) for shape in parts_shapes(N, K))
     # TileLang makes the device of its arguments the current one, and leaves it so.
@@ -84,6 +85,4 @@ def update_stage(
             finish_stage(status[i], (stage_row[i], stage_col[i]), parts)
 
 
-update_apply = functools.partial(
-    reference.update_apply, halves=(update_stage, functools.partial(update_commit, clear=False))
-)
+update_apply = functools.partial(reference.update_apply, halves=(update_stage, update_commit))

@@ -181,7 +181,7 @@ __device__ __forceinline__ void update_wgmma(const CUtensorMap& grad_y, const CU
         left[half] = n[half] < N ? K - k0 - quad * 8 : 0;
         factors[half] = n[half] < N ? row_factor[n[half]] * (1.0f / CLIP) : 0.0f;
       }
-      // To the first micro-batch there is nothing to add: a commit leaves zeros.
+      // To the first micro-batch there is nothing to add: what is there belongs to an earlier step.
       auto load_staged = [&](int run, uint2 (&to)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half)

@@ -1,8 +1,9 @@
 """The integer update of a ternary layer, in two halves, as plain tensor code: the definition of the ops.
 
 `update_stage` runs in backward: a strip at a time, it forms G = grad_yᵀ · x, turns it into small integers, adds those
-to the layer's stage and drops the strip. `update_commit` runs in the optimizer's step: it applies what is staged to the
-trits, or leaves every integer as it was if the step is refused. `update_apply` is both, one after the other, in
+to the layer's stage and drops the strip; the first micro-batch writes over what an earlier step left there.
+`update_commit` runs in the optimizer's step: it applies what is staged to the trits, or leaves every integer as it was
+if the step is refused. `update_apply` is both, one after the other, in
 backward. Nothing here synchronises with the device.
 
 Rules
@@ -101,7 +102,9 @@ def update_stage(
                 stage_col[i] += square.sum(0)
             else:
                 u = torch.sign(G)
-            stage[i][rows] = (stage[i][rows].to(torch.int16) + u.to(torch.int16)).clamp(-127, 127).to(torch.int8)
+            # For the first micro-batch nothing: what is there belongs to an earlier step.
+            staged = stage[i][rows].masked_fill(status[i][1] == 0, 0)
+            stage[i][rows] = (staged.to(torch.int16) + u.to(torch.int16)).clamp(-127, 127).to(torch.int8)
             if stage_E:
                 T = unpack(T_packed[i][rows], in_features, group_size)
                 slope = sum_groups(G * T, group_size)
@@ -140,7 +143,7 @@ def update_commit(
     group_size: int,
     rule: str,
 ) -> None:
-    """Apply and clear the stage of one layer; change nothing else if ``refuse`` is set or nothing is staged."""
+    """Apply the stage of one layer, and count none staged; change nothing else if ``refuse`` is set or none was."""
     in_features = T_accum.shape[1]
     count = status[1]
     active = (refuse == 0) & (count > 0)
@@ -160,7 +163,6 @@ def update_commit(
         T_accum[rows] = torch.where(active, accum, T_accum[rows])
         if T_momentum is not None and momentum is not None:
             T_momentum[rows] = torch.where(active, momentum, T_momentum[rows])
-    stage.zero_()
     commit_groups_and_vectors(
         E, E_accum, row_log2, col_log2, stage_E, stage_row, stage_col, status, active, exponent_threshold
     )
@@ -195,7 +197,7 @@ def update_apply(
     stage_half, commit_half = halves
     for i, gradient in enumerate(grad_y):
         momentum, exponents, row, col = (planes[i : i + 1] for planes in (T_momentum, E_accum, row_log2, col_log2))
-        stage = torch.zeros_like(T_accum[i])
+        stage = torch.empty_like(T_accum[i])
         stage_E, stage_row, stage_col = (
             [torch.zeros(vector.shape, dtype=dtype, device=x.device) for vector in vectors]
             for vectors, dtype in ((exponents, torch.int8), (row, torch.float32), (col, torch.float32))

@@ -22,8 +22,8 @@ from ternarize.backends.triton.update_plain import stage_anywhere
 from ternarize.backends.triton.update_vectors import commit_vectors, finish_stage, normalisers
 from ternarize.packing import ROW
 
-#: Runs of a program of a commit, two a thread, and its warps. On an H100 a commit of 4096x4096 weights takes 46 us, and
-#: 49 us with programs that stay, as many as an SM has room for.
+#: Runs of a program of a commit, two a thread, and its warps. On an H100 a commit of 4096x4096 weights took 46 us, when
+#: it cleared the stage too, and 49 us with programs that stay, as many as an SM has room for.
 COMMIT_RUNS, COMMIT_WARPS = 256, 4
 
 #: Neighbouring packed bytes of a run. Their weights are four words, a quarter of a group apart, and each word's four
@@ -104,9 +104,8 @@ def commit_kernel(
     FACTORED: tl.constexpr,
     RUNS: tl.constexpr,
     QUARTER: tl.constexpr,
-    CLEAR: tl.constexpr,
 ) -> None:
-    """RUNS runs of packed bytes, row after row: steps their integers unless refused, clears their stage if CLEAR.
+    """RUNS runs of packed bytes, row after row: steps their integers unless refused.
 
     ``rate`` times the learning rate is what an accumulator loses for a unit of momentum (`factored`) or for a vote
     (`sign`), and ``bar`` where a trit steps; theta, unit and limit are those of `FORMS`. QUARTER is a quarter of the
@@ -181,8 +180,6 @@ def commit_kernel(
             code = moved & 3 if QUARTER > 0 else tl.where(inside[i], moved & 3, 0)
             moved_codes |= code << (2 * i)
         tl.store(T_packed + byte, moved_codes.to(tl.uint8), mask=there)
-    for i in tl.static_range(4 if CLEAR else 0):
-        tl.store(stage + at[i], tl.zeros((RUNS, _RUN), tl.int8), mask=inside[i])
 
 
 def update_stage(
@@ -244,13 +241,8 @@ def update_commit(
     exponent_threshold: int,
     group_size: int,
     rule: str,
-    *,
-    clear: bool = True,
 ) -> None:
-    """Apply and clear the stage of one layer; change nothing else if ``refuse`` is set or nothing is staged.
-
-    Without ``clear`` the integers in the stage stay, for one that is thrown away.
-    """
+    """Apply the stage of one layer, and count none staged; change nothing else if ``refuse`` is set or none was."""
     N, K = T_accum.shape
     theta, unit, limit = reference.FORMS["int4" if T_momentum is None else "int8"]
     rate, bar = 1.0, threshold
@@ -281,7 +273,6 @@ def update_commit(
             FACTORED=rule == "factored",
             RUNS=COMMIT_RUNS,
             QUARTER=quarter_of(K, group_size),
-            CLEAR=clear,
             num_warps=COMMIT_WARPS,
             enable_fp_fusion=False,
         )
@@ -300,6 +291,4 @@ def update_commit(
         )
 
 
-update_apply = functools.partial(
-    reference.update_apply, halves=(update_stage, functools.partial(update_commit, clear=False))
-)
+update_apply = functools.partial(reference.update_apply, halves=(update_stage, update_commit))

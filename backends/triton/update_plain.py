@@ -88,10 +88,11 @@ def stage_kernel(
     tl.atomic_or(status, _NONFINITE_GRADIENT, mask=broken > 0)
     G = tl.where(finite, G, 0.0)
 
+    count = tl.load(status + 1)
     if row_factor is not None:
         rows = tl.load(row_factor + n, mask=n < N, other=0.0)
         cols = tl.load(col_factor + k, mask=k_inside, other=0.0)
-        key, count = load_key(rng), tl.load(status + 1)
+        key = load_key(rng)
         if RUNS_OF_32:
             run = tl.min(tl.reshape(k, (BLOCK_C // 8, 32)), 1) // 32
             bits = gradient_bits(key, count, n, run, tl.cdiv(K, 32), G)
@@ -104,8 +105,10 @@ def stage_kernel(
     else:
         u = (G > 0).to(tl.int32) - (G < 0).to(tl.int32)
     place = stage + n.to(tl.int64)[:, None] * K + k[None, :]
-    staged = tl.load(place, mask=inside, other=0).to(tl.int32) + u
-    tl.store(place, clamp(staged, 127).to(tl.int8), mask=inside)
+    # For the first micro-batch nothing: what is there belongs to an earlier step.
+    filled = tl.where(count > 0, N, 0)
+    staged = tl.load(place, mask=(n < filled)[:, None] & k_inside[None, :], other=0).to(tl.int32)
+    tl.store(place, clamp(staged + u, 127).to(tl.int8), mask=inside)
 
     if stage_E is not None:
         T = decode(load_codes(T_packed, n, N, K, byte, byte_inside, 1), 1)

@@ -90,7 +90,7 @@ def stage_slice(
     k = first + tl.arange(0, WIDTH)
     place = stage + n.to(tl.int64)[:, None] * K + k[None, :]
     inside = (n < N)[:, None] & (k < K)[None, :]
-    # Early, because it takes long. Of the first micro-batch nothing: a commit leaves zeros.
+    # Early, because it takes long. For the first micro-batch nothing: what is there belongs to an earlier step.
     filled = tl.where(count > 0, N, 0)
     staged = tl.load(place, mask=(n < filled)[:, None] & (k < K)[None, :])
     square = G * G

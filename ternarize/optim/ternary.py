@@ -272,7 +272,9 @@ class TernaryOptimizer(torch.optim.Optimizer):
 
     def _clear(self) -> None:
         """Empty every stage, status and flag."""
-        left = [getattr(layer, name) for layer in self._layers.values() for name in (*STAGE, "status")]
+        # Its status counts no micro-batch then, and the next one writes over the integers of the stage.
+        names = [name for name in (*STAGE, "status") if name != "stage"]
+        left = [getattr(layer, name) for layer in self._layers.values() for name in names]
         torch._foreach_zero_([tensor for tensor in left if tensor is not None] + self._refusals())
         self._write_rates()
 

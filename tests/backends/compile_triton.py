@@ -103,7 +103,6 @@ build(update_plain.stage_kernel, RUNS_OF_32=False, slope=None, **without, **stag
 
 commit: dict[str, Any] = {
     "RUNS": update.COMMIT_RUNS,
-    "CLEAR": True,
     "options": {"num_warps": update.COMMIT_WARPS, **exact},
 }
 whole: dict[str, Any] = {"QUARTER": 32, "aligned": ("K", "group_size")}
@@ -115,7 +114,7 @@ assert ".U8" not in "".join(line for line in code.splitlines() if "LDG" in line 
 before, after = code.split("BAR.SYNC")
 assert before.count("LDG") > 12
 assert "LDG" not in after
-build(update.commit_kernel, FACTORED=True, T_momentum=None, **whole, **commit | {"CLEAR": False})
+build(update.commit_kernel, FACTORED=True, T_momentum=None, **whole, **commit)
 build(update.commit_kernel, FACTORED=True, QUARTER=0, T_momentum=None, **commit)
 build(update.commit_kernel, FACTORED=False, T_momentum=None, **whole, **commit)
 

@@ -89,6 +89,12 @@ def staged(layer: TernaryLinear) -> list[Tensor]:
     return [tensor.clone() for tensor in present(tensors)]
 
 
+def assert_nothing_staged(layer: TernaryLinear) -> None:
+    # The integers of the stage stay: the next micro-batch writes over them.
+    _, *vectors = staged(layer)
+    assert not any(vector.any() for vector in vectors)
+
+
 def assert_equal(layer: TernaryLinear, other: TernaryLinear) -> None:
     for name, parameter in layer.named_parameters():
         assert torch.equal(parameter, other.get_parameter(name)), name
@@ -180,7 +186,7 @@ def test_every_backend_steps_the_same_integers(
         commit(backend, layer)
         commit("torch", expected)
         assert_equal(layer, expected)
-        assert not any(tensor.any() for tensor in staged(layer))
+        assert_nothing_staged(layer)
         for each in (layer, expected):
             each.rng[2] += 1
     assert not torch.equal(layer.get_parameter("T_accum"), before.get_parameter("T_accum"))
@@ -216,7 +222,7 @@ def test_a_refused_step_changes_nothing_and_clears_the_stage(
     assert layer.status.tolist() == [0, 1]
     commit(backend, layer, refuse=1)
     assert_equal(layer, before)
-    assert not any(tensor.any() for tensor in staged(layer))
+    assert_nothing_staged(layer)
 
 
 @on_every_backend
@@ -267,9 +273,26 @@ def test_staged_integers_saturate(backend: str, device: str) -> None:
     assert layer.stage is not None
     layer.stage.fill_(127)
     layer.stage[1] = -127
+    layer.status[1] = 1
     x, grad_y = torch.ones(1, 20, device=device), torch.tensor([[1.0, -1.0]], device=device)
     stage(backend, [layer], [grad_y], x)
     assert layer.stage.tolist() == [[127] * 20, [-127] * 20]
+
+
+@on_every_backend
+@for_every_rule
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_the_first_micro_batch_writes_over_what_is_left(
+    backend: str, device: str, rule: Rule, accumulator: Accumulator, tokens: int
+) -> None:
+    layer = random_layer(70, 40, 8, rule, accumulator, device)
+    assert layer.stage is not None
+    fresh = copy.deepcopy(layer)
+    layer.stage.fill_(99)
+    x, grad_y = integers(tokens, 40, device=device), integers(tokens, 70, device=device)
+    for each in (layer, fresh):
+        stage(backend, [each], [grad_y], x)
+    assert all(torch.equal(got, wanted) for got, wanted in zip(staged(layer), staged(fresh), strict=True))
 
 
 @on_every_backend

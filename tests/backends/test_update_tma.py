@@ -68,7 +68,10 @@ def test_it_stages_what_the_reference_stages(
     device: str, dtype: torch.dtype, tile: Tile, M: int, N: int, K: int
 ) -> None:
     layer = factored_layer(N, K, device)
+    assert layer.stage is not None
     expected = copy.deepcopy(layer)
+    # What an earlier step left.
+    layer.stage.fill_(99)
     for _ in range(2):
         # Rows of larger matrices, as a slice of a fused projection is.
         grad_y = integers(M, 2 * N, device=device).to(dtype)[:, N:]

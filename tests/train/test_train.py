@@ -52,7 +52,7 @@ def test_ternary_update_rejects_nonfinite_loss(tiny: Tiny) -> None:
         trainer.train_step()
     same(trainer.model.state_dict(), before)
     # It stopped before backward: nothing is staged.
-    assert all(not layer.stage.any() for _, layer in ternary_layers(trainer.model) if layer.stage is not None)
+    assert not any(layer.status.any() for _, layer in ternary_layers(trainer.model))
     assert trainer.step == 1
 
 

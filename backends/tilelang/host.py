@@ -31,6 +31,22 @@ def gpu_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
 
 
+@functools.lru_cache(maxsize=4096)
+def _kernel(
+    program_for: Callable[..., build.Program],
+    M: int,
+    layers: tuple[LayerShape, ...],
+    K: int,
+    group_size: int,
+    dtype: torch.dtype,
+    guarded: bool,
+    device: torch.device,
+) -> build.Kernel:
+    """The kernel of a call, built if it is not yet; kept by what the call shows, of which its program takes a while."""
+    program = program_for(M, layers, K, group_size, dtype, guarded=guarded, gpu=gpu_name(device))
+    return build.start(program).result()
+
+
 def launch(
     program_for: Callable[..., build.Program],
     inputs: Sequence[Tensor],
@@ -75,10 +91,10 @@ def launch(
         arguments += [tensor for tensor in (bias[i], bias_exponent[i]) if tensor is not None]
         arguments += status[i : i + 1]
     layers = layer_shapes(T_packed, E_mantissa, bias)
-    program = program_for(M, layers, K, group_size, dtype, guarded=bool(status), gpu=gpu_name(x.device))
+    kernel = _kernel(program_for, M, layers, K, group_size, dtype, bool(status), x.device)
     # TileLang makes the device of its arguments the current one, and leaves it so.
     with torch.cuda.device(x.device):
-        build.start(program).result()(*arguments, *(y.view(M, -1) for y in outputs))
+        kernel(*arguments, *(y.view(M, -1) for y in outputs))
     return outputs
 
 

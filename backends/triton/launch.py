@@ -17,26 +17,25 @@ from ternarize.backends.triton.packed import INTERPRETED
 #: By kernel, device, options and `specialisation`: the compiled kernel, and its constants in their order.
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
-_INT32 = range(-(2**31), 2**31)
-
 
 def ceil_div(a: int, b: int) -> int:
-    """A / b, rounded up. `triton.cdiv` is a function of kernels too, and takes 7 us."""
+    """The quotient, rounded up. `triton.cdiv` is a function of kernels too, and takes 7 us."""
     return -(-a // b)
 
 
 def specialisation(args: Sequence[Any]) -> tuple[Any, ...]:
     """All that Triton may compile differently for: dtypes, alignment to 16, integers that are 1 or need 64 bits."""
-    return tuple(
-        (arg.dtype, arg.data_ptr() % 16 == 0)
-        if isinstance(arg, Tensor)
-        else (arg == 1, arg % 16 == 0, arg in _INT32)
-        if isinstance(arg, int)
-        else (arg.base.dtype, *arg.block_shape)
-        if isinstance(arg, TensorDescriptor)
-        else type(arg)
-        for arg in args
-    )
+    key: list[Any] = []
+    for arg in args:
+        if isinstance(arg, int):
+            key.append((arg == 1, arg % 16 == 0, -(2**31) <= arg < 2**31))
+        elif isinstance(arg, Tensor):
+            key.append((arg.dtype, arg.data_ptr() % 16 == 0))
+        elif isinstance(arg, TensorDescriptor):
+            key.append((arg.base.dtype, *arg.block_shape))
+        else:
+            key.append(type(arg))
+    return tuple(key)
 
 
 def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:

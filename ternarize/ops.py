@@ -78,8 +78,8 @@ _UPDATE_STAGE = (
 )
 _UPDATE_COMMIT = (
     "(Tensor(a!) T_packed, Tensor(b!) E, Tensor(c!) T_accum, Tensor(d!)? T_momentum, Tensor(e!)? E_accum, "
-    "Tensor(f!)? row_log2, Tensor(g!)? col_log2, Tensor rng, Tensor(h!) stage, Tensor(i!)? stage_E, "
-    "Tensor(j!)? stage_row, Tensor(k!)? stage_col, Tensor(l!) status, Tensor refuse, Tensor lr, int threshold, "
+    "Tensor(f!)? row_log2, Tensor(g!)? col_log2, Tensor rng, Tensor stage, Tensor(h!)? stage_E, "
+    "Tensor(i!)? stage_row, Tensor(j!)? stage_col, Tensor(k!) status, Tensor refuse, Tensor lr, int threshold, "
     "int exponent_threshold, int group_size, str rule) -> ()"
 )
 _UPDATE_APPLY = (

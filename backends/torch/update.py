@@ -3,8 +3,8 @@
 `update_stage` runs in backward: a strip at a time, it forms G = grad_yᵀ · x, turns it into small integers, adds those
 to the layer's stage and drops the strip; the first micro-batch writes over what an earlier step left there.
 `update_commit` runs in the optimizer's step: it applies what is staged to the trits, or leaves every integer as it was
-if the step is refused. `update_apply` is both, one after the other, in
-backward. Nothing here synchronises with the device.
+if the step is refused. `update_apply` is both, one after the other, in backward. Nothing here synchronises with the
+device.
 
 Rules
     factored  u = clamp(SR(G · sqrt(mean(r) / (r_n · c_k))), -4, 4), Adafactor's factored second moment (Shazeer and
@@ -143,7 +143,7 @@ def update_commit(
     group_size: int,
     rule: str,
 ) -> None:
-    """Apply the stage of one layer, and count none staged; change nothing else if ``refuse`` is set or none was."""
+    """Apply the stage of one layer and set its count to 0; nothing else changes if that is 0 or ``refuse`` is set."""
     in_features = T_accum.shape[1]
     count = status[1]
     active = (refuse == 0) & (count > 0)

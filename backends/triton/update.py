@@ -242,7 +242,7 @@ def update_commit(
     group_size: int,
     rule: str,
 ) -> None:
-    """Apply the stage of one layer, and count none staged; change nothing else if ``refuse`` is set or none was."""
+    """Apply the stage of one layer and set its count to 0; nothing else changes if that is 0 or ``refuse`` is set."""
     N, K = T_accum.shape
     theta, unit, limit = reference.FORMS["int4" if T_momentum is None else "int8"]
     rate, bar = 1.0, threshold

@@ -79,7 +79,7 @@ _UPDATE_STAGE = (
 _UPDATE_COMMIT = (
     "(Tensor(a!) T_packed, Tensor(b!) E, Tensor(c!) T_accum, Tensor(d!)? T_momentum, Tensor(e!)? E_accum, "
     "Tensor(f!)? row_log2, Tensor(g!)? col_log2, Tensor rng, Tensor stage, Tensor(h!)? stage_E, "
-    "Tensor(i!)? stage_row, Tensor(j!)? stage_col, Tensor(k!) status, Tensor refuse, Tensor lr, int threshold, "
+    "Tensor(i!)? stage_row, Tensor(j!)? stage_col, Tensor status, Tensor refuse, Tensor lr, int threshold, "
     "int exponent_threshold, int group_size, str rule) -> ()"
 )
 _UPDATE_APPLY = (

@@ -143,7 +143,10 @@ def update_commit(
     group_size: int,
     rule: str,
 ) -> None:
-    """Apply the stage of one layer and set its count to 0; nothing else changes if that is 0 or ``refuse`` is set."""
+    """Apply the stage of one layer, unless it is of no micro-batch or ``refuse`` is set; drop its sums and votes.
+
+    ``status`` stays as it is: until its count is 0 again, the stage has not been taken.
+    """
     in_features = T_accum.shape[1]
     count = status[1]
     active = (refuse == 0) & (count > 0)
@@ -204,9 +207,7 @@ def update_apply(
         )
         staged = ([stage], stage_E, stage_row, stage_col, [status[i]])
         stage_half([gradient], x, [T_packed[i]], row, col, [rng[i]], *staged, group_size, rule)
-        # A commit clears the status: what it says of this step is for the optimizer to read.
-        found = status[i][:1].clone()
-        refused = (refuse[i] | found).ne(0)
+        refused = (refuse[i] | status[i][:1]).ne(0)
         commit_half(
             T_packed[i],
             E[i],
@@ -221,7 +222,8 @@ def update_apply(
             group_size,
             rule,
         )
-        status[i][:1] = found
+        # What was not finite is for the optimizer to read.
+        status[i][1] = 0
         rng[i][2:] += ~refused
 
 
@@ -237,16 +239,13 @@ def commit_groups_and_vectors(
     active: Tensor,
     exponent_threshold: int,
 ) -> None:
-    """The part of a commit that is not one integer a weight: exponents, statistics, and clearing their stage.
-
-    Every backend calls it after its trits are committed, because it clears ``status``.
-    """
+    """The part of a commit that is not one integer a weight: exponents, statistics, and clearing their stage."""
     if E_accum is not None and stage_E is not None:
         new_E, accum = exponent_rule(E, E_accum, stage_E, exponent_threshold)
         E.copy_(torch.where(active, new_E, E))
         E_accum.copy_(torch.where(active, accum, E_accum))
     commit_statistics(row_log2, col_log2, stage_row, stage_col, status, active)
-    for staged in (stage_E, stage_row, stage_col, status):
+    for staged in (stage_E, stage_row, stage_col):
         if staged is not None:
             staged.zero_()
 

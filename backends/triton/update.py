@@ -19,7 +19,7 @@ from ternarize.backends.triton import update_tma
 from ternarize.backends.triton.launch import ceil_div, launch
 from ternarize.backends.triton.rounding import clamp, commit_words, commit_words_apart, load_key, round_off
 from ternarize.backends.triton.update_plain import stage_anywhere
-from ternarize.backends.triton.update_vectors import commit_vectors, finish_stage, normalisers
+from ternarize.backends.triton.update_vectors import BLOCK, commit_vectors, finish_stage, normalisers, vector_programs
 from ternarize.packing import ROW
 
 #: Runs of a program of a commit, two a thread, and its warps. On an H100 a commit of 4096x4096 weights took 46 us, when
@@ -83,15 +83,15 @@ def load_quarters(plane: tl.tensor, at: tl.tensor, inside: tl.tensor) -> tl.tupl
 
 
 @triton.jit
-def commit_kernel(
+def commit_runs(
+    program: tl.tensor,
     T_packed: tl.tensor,
     T_accum: tl.tensor,
     T_momentum: tl.tensor,
     rng: tl.tensor,
     stage: tl.tensor,
-    status: tl.tensor,
-    committed: tl.tensor,
-    refuse: tl.tensor,
+    count: tl.tensor,
+    active: tl.tensor,
     lr: tl.tensor,
     rate: tl.tensor,
     bar: tl.tensor,
@@ -105,19 +105,18 @@ def commit_kernel(
     RUNS: tl.constexpr,
     QUARTER: tl.constexpr,
 ) -> None:
-    """RUNS runs of packed bytes, row after row: steps their integers unless refused.
+    """Step the integers of RUNS runs of packed bytes, row after row, if ``active``.
 
     ``rate`` times the learning rate is what an accumulator loses for a unit of momentum (`factored`) or for a vote
     (`sign`), and ``bar`` where a trit steps; theta, unit and limit are those of `FORMS`. QUARTER is a quarter of the
     group size if no run spans two groups or rows, and 0 if one may.
 
-    All is loaded before anything is stored: no compiler moves a load over a store. ``committed`` is told the count of
-    micro-batches.
+    All is loaded before anything is stored: no compiler moves a load over a store.
     """
     column = tl.arange(0, _RUN)[None, :]
-    count, refused, key, learning_rate = tl.load(status + 1), tl.load(refuse), load_key(rng), tl.load(lr)
+    key, learning_rate = load_key(rng), tl.load(lr)
     runs = tl.cdiv(N * tl.cdiv(K, 4), _RUN)
-    run = tl.program_id(0) * RUNS + tl.arange(0, RUNS)
+    run = program * RUNS + tl.arange(0, RUNS)
     byte = (run.to(tl.int64) * _RUN)[:, None] + column
     if QUARTER > 0:
         group, in_group = run // (QUARTER // _RUN), run % (QUARTER // _RUN) * _RUN
@@ -149,9 +148,7 @@ def commit_kernel(
         momentum = load_quarters(T_momentum, at, inside)
     # All is on its way. Without a barrier each load is moved down to where its value is needed, and waited for there.
     tl.debug_barrier()
-    if tl.program_id(0) == 0:
-        tl.store(committed, count)
-    if (refused == 0) & (count > 0):
+    if active:
         step = -tl.minimum(tl.floor(learning_rate * rate * _ONE + 0.5), _MAX_STEP).to(tl.int32)
         pull = (2 * unit * (_ONE - _MOMENTUM_KEPT) + count) // (2 * count)
         moved_codes = tl.zeros_like(codes)
@@ -180,6 +177,85 @@ def commit_kernel(
             code = moved & 3 if QUARTER > 0 else tl.where(inside[i], moved & 3, 0)
             moved_codes |= code << (2 * i)
         tl.store(T_packed + byte, moved_codes.to(tl.uint8), mask=there)
+
+
+@triton.jit
+def commit_kernel(
+    T_packed: tl.tensor,
+    E: tl.tensor,
+    T_accum: tl.tensor,
+    T_momentum: tl.tensor,
+    E_accum: tl.tensor,
+    row_log2: tl.tensor,
+    col_log2: tl.tensor,
+    rng: tl.tensor,
+    stage: tl.tensor,
+    stage_E: tl.tensor,
+    stage_row: tl.tensor,
+    stage_col: tl.tensor,
+    status: tl.tensor,
+    refuse: tl.tensor,
+    lr: tl.tensor,
+    rate: tl.tensor,
+    bar: tl.tensor,
+    theta: tl.tensor,
+    unit: tl.tensor,
+    limit: tl.tensor,
+    exponent_threshold: tl.tensor,
+    N: tl.tensor,
+    K: tl.tensor,
+    group_size: tl.tensor,
+    exponents: tl.tensor,
+    vectors: tl.tensor,
+    FACTORED: tl.constexpr,
+    RUNS: tl.constexpr,
+    QUARTER: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """A layer: the first ``vectors`` programs have a part of `commit_vectors` each, the others one of `commit_runs`."""
+    program, count = tl.program_id(0), tl.load(status + 1)
+    active = (tl.load(refuse) == 0) & (count > 0)
+    if program < vectors:
+        commit_vectors(
+            program,
+            E,
+            E_accum,
+            stage_E,
+            row_log2,
+            col_log2,
+            stage_row,
+            stage_col,
+            N,
+            K,
+            exponents,
+            exponent_threshold,
+            count,
+            active,
+            BLOCK,
+        )
+    else:
+        commit_runs(
+            program - vectors,
+            T_packed,
+            T_accum,
+            T_momentum,
+            rng,
+            stage,
+            count,
+            active,
+            lr,
+            rate,
+            bar,
+            theta,
+            unit,
+            limit,
+            N,
+            K,
+            group_size,
+            FACTORED,
+            RUNS,
+            QUARTER,
+        )
 
 
 def update_stage(
@@ -242,24 +318,30 @@ def update_commit(
     group_size: int,
     rule: str,
 ) -> None:
-    """Apply the stage of one layer and set its count to 0; nothing else changes if that is 0 or ``refuse`` is set."""
+    """Apply the stage of one layer, unless it is of no micro-batch or ``refuse`` is set; drop its sums and votes."""
     N, K = T_accum.shape
     theta, unit, limit = reference.FORMS["int4" if T_momentum is None else "int8"]
     rate, bar = 1.0, threshold
     if rule == "factored":
         rate, bar = 2 * theta / unit, theta + (T_momentum is None)
-    committed = torch.empty_like(refuse)
+    vectors = vector_programs(stage_row, stage_col, stage_E)
     with torch.cuda.device_of(T_packed):
         launch(
             commit_kernel,
-            ceil_div(T_packed.numel(), _RUN.value * COMMIT_RUNS),
+            vectors + ceil_div(T_packed.numel(), _RUN.value * COMMIT_RUNS),
             T_packed,
+            E,
             T_accum,
             T_momentum,
+            E_accum,
+            row_log2,
+            col_log2,
             rng,
             stage,
+            stage_E,
+            stage_row,
+            stage_col,
             status,
-            committed,
             refuse,
             lr,
             rate,
@@ -267,27 +349,18 @@ def update_commit(
             theta,
             unit,
             limit,
+            exponent_threshold,
             N,
             K,
             K if group_size == ROW else min(group_size, K),
+            0 if stage_E is None else stage_E.numel(),
+            vectors,
             FACTORED=rule == "factored",
             RUNS=COMMIT_RUNS,
             QUARTER=quarter_of(K, group_size),
+            BLOCK=BLOCK,
             num_warps=COMMIT_WARPS,
             enable_fp_fusion=False,
-        )
-        commit_vectors(
-            E,
-            E_accum,
-            row_log2,
-            col_log2,
-            stage_E,
-            stage_row,
-            stage_col,
-            status,
-            committed,
-            refuse,
-            exponent_threshold,
         )
 
 

@@ -1,8 +1,8 @@
 """The part of an update that is not one integer a weight: statistics [N] and [K], exponents [N, G], the count.
 
-Each kernel here is one launch, where the reference is a dozen: in float64, as it is there, and equal to it. Programs
-are numbered over the rows first, then over the columns, then over the exponents. Nothing is added by atomics: what
-several tiles have found of a row lies in a buffer, a row of it each, and is added in the order of tiles.
+A dozen kernels of the reference are one here: in float64, as there, and equal to it. Programs are numbered over the
+rows first, then over the columns, then over the exponents. Nothing is added by atomics: what several tiles have found
+of a row lies in a buffer, a row of it each, and is added in the order of tiles.
 """
 
 import torch
@@ -21,7 +21,7 @@ _E_MIN = tl.constexpr(E_MIN)
 _E_MAX = tl.constexpr(E_MAX)
 
 #: Elements a program, and partial sums that it loads at once. Few, so that a vector keeps many SMs busy.
-_BLOCK = 64
+BLOCK = 64
 _PARTS = tl.constexpr(128)
 
 #: Elements a program of `normalisers`, and rows that it adds up at once: each takes the mean over all rows.
@@ -150,7 +150,8 @@ def step_exponents(
 
 
 @triton.jit
-def commit_vectors_kernel(
+def commit_vectors(
+    program: tl.tensor,
     E: tl.tensor,
     E_accum: tl.tensor,
     stage_E: tl.tensor,
@@ -158,22 +159,15 @@ def commit_vectors_kernel(
     col_log2: tl.tensor,
     stage_row: tl.tensor,
     stage_col: tl.tensor,
-    status: tl.tensor,
-    committed: tl.tensor,
-    refuse: tl.tensor,
     N: tl.tensor,
     K: tl.tensor,
     exponents: tl.tensor,
     exponent_threshold: tl.tensor,
+    count: tl.tensor,
+    active: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """BLOCK rows, columns or exponents of a layer; the first program clears its status."""
-    program = tl.program_id(0)
-    if program == 0:
-        tl.store(status, 0)
-        tl.store(status + 1, 0)
-    count = tl.load(committed)
-    active = (tl.load(refuse) == 0) & (count > 0)
+    """`reference.commit_groups_and_vectors` of BLOCK rows, columns or exponents, by the number of the program."""
     if stage_row is not None:
         rows, columns = tl.cdiv(N, BLOCK), tl.cdiv(K, BLOCK)
         if program < rows:
@@ -220,7 +214,7 @@ def finish_stage(
     programs, N, K, row_tiles, col_tiles = 1, 0, 0, 0, 0
     if parts is not None:
         (row_tiles, N), (col_tiles, K) = parts[0].shape, parts[1].shape
-        programs = ceil_div(N, _BLOCK) + ceil_div(K, _BLOCK)
+        programs = ceil_div(N, BLOCK) + ceil_div(K, BLOCK)
     row, col = sums if sums is not None else (None, None)
     row_parts, col_parts = parts if parts is not None else (None, None)
     launch(
@@ -235,49 +229,11 @@ def finish_stage(
         K,
         row_tiles,
         col_tiles,
-        BLOCK=_BLOCK,
+        BLOCK=BLOCK,
         num_warps=8,
     )
 
 
-def commit_vectors(
-    E: Tensor,
-    E_accum: Tensor | None,
-    row_log2: Tensor | None,
-    col_log2: Tensor | None,
-    stage_E: Tensor | None,
-    stage_row: Tensor | None,
-    stage_col: Tensor | None,
-    status: Tensor,
-    committed: Tensor,
-    refuse: Tensor,
-    exponent_threshold: int,
-) -> None:
-    """`reference.commit_groups_and_vectors`, with the count of micro-batches in ``committed``, int32 [1].
-
-    Some of its programs are done before others start: they cannot read a count that one of them clears.
-    """
-    N, K = (0, 0) if stage_row is None or stage_col is None else (stage_row.shape[0], stage_col.shape[0])
-    exponents = 0 if stage_E is None else stage_E.numel()
-    programs = ceil_div(N, _BLOCK) + ceil_div(K, _BLOCK) + ceil_div(exponents, _BLOCK)
-    launch(
-        commit_vectors_kernel,
-        max(programs, 1),
-        E,
-        E_accum,
-        stage_E,
-        row_log2,
-        col_log2,
-        stage_row,
-        stage_col,
-        status,
-        committed,
-        refuse,
-        N,
-        K,
-        exponents,
-        exponent_threshold,
-        BLOCK=_BLOCK,
-        num_warps=2,
-        enable_fp_fusion=False,
-    )
+def vector_programs(stage_row: Tensor | None, stage_col: Tensor | None, stage_E: Tensor | None) -> int:
+    """How many programs of `commit_vectors` a layer takes."""
+    return sum(ceil_div(vector.numel(), BLOCK) for vector in (stage_row, stage_col, stage_E) if vector is not None)

@@ -320,7 +320,8 @@ class TernaryOptimizer(torch.optim.Optimizer):
                 layer.release_stage()
         for _, layers in self._groups():
             steps = (~refuse).to(layers[0].rng.device, torch.int64, non_blocking=True)
-            torch._foreach_add_([layer.rng[2] for layer in layers], steps)
+            torch._foreach_add_([layer.rng[2] for layer in layers], [steps] * len(layers))
+            torch._foreach_zero_([layer.status for layer in layers])
 
     def _staged(self, layers: Iterable[TernaryLinear]) -> Iterator[TernaryLinear]:
         for layer in layers:

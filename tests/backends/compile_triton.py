@@ -16,7 +16,7 @@ from ternarize.backends.triton import dense, grad_input, linear, update, update_
 _SIZES = ("M", "N", "K", "group_size", "groups", "chunks", "tiles", "bar", "theta", "unit", "limit")
 _RANGES = ("n_start", "n_stop", "k_start", "k_stop", "blocks_k", "row_tiles", "col_tiles", "exponents")
 _STRIDES = ("stride_xm", "stride_xk", "stride_gm", "stride_gn", "stride_mantissa_n", "stride_mantissa_g")
-_INTEGERS = dict.fromkeys((*_SIZES, *_RANGES, *_STRIDES, "exponent_threshold"), "i32")
+_INTEGERS = dict.fromkeys((*_SIZES, *_RANGES, *_STRIDES, "exponent_threshold", "vectors"), "i32")
 _STATE = {
     "T_packed": "*u8",
     "E": "*i8",
@@ -38,7 +38,6 @@ _STATE = {
     "W": "*bf16",
     "status": "*i32",
     "refuse": "*i32",
-    "committed": "*i32",
     "lr": "*fp32",
     "rate": "fp32",
     "T_accum": "*i8",
@@ -103,11 +102,14 @@ build(update_plain.stage_kernel, RUNS_OF_32=False, slope=None, **without, **stag
 
 commit: dict[str, Any] = {
     "RUNS": update.COMMIT_RUNS,
+    "BLOCK": update_vectors.BLOCK,
     "options": {"num_warps": update.COMMIT_WARPS, **exact},
 }
 whole: dict[str, Any] = {"QUARTER": 32, "aligned": ("K", "group_size")}
-code = build(update.commit_kernel, FACTORED=True, **whole, **commit)
-assert spilled_bytes(code) == 0
+fixed: dict[str, Any] = dict.fromkeys(("E_accum", "stage_E"))
+assert spilled_bytes(build(update.commit_kernel, FACTORED=True, **fixed, **whole, **commit)) == 0
+no_vectors = fixed | dict.fromkeys(("row_log2", "col_log2", "stage_row", "stage_col"))
+code = build(update.commit_kernel, FACTORED=True, **no_vectors, **whole, **commit)
 # Nothing is loaded or stored by single bytes.
 assert ".U8" not in "".join(line for line in code.splitlines() if "LDG" in line or "STG" in line)
 # All is loaded before the first of it is waited for.
@@ -116,7 +118,7 @@ assert before.count("LDG") > 12
 assert "LDG" not in after
 build(update.commit_kernel, FACTORED=True, T_momentum=None, **whole, **commit)
 build(update.commit_kernel, FACTORED=True, QUARTER=0, T_momentum=None, **commit)
-build(update.commit_kernel, FACTORED=False, T_momentum=None, **whole, **commit)
+build(update.commit_kernel, FACTORED=False, T_momentum=None, **no_vectors, **whole, **commit)
 
 for tile in update_tma.TILES:
     code = build(
@@ -145,13 +147,6 @@ build(
     update_vectors.finish_stage_kernel,
     **sums,
     **dict[str, Any](dict.fromkeys(("stage_row", "stage_col", "row_parts", "col_parts"))),
-)
-build(update_vectors.commit_vectors_kernel, **sums)
-build(update_vectors.commit_vectors_kernel, E_accum=None, stage_E=None, **sums)
-build(
-    update_vectors.commit_vectors_kernel,
-    **sums,
-    **dict[str, Any](dict.fromkeys(("stage_row", "stage_col", "row_log2", "col_log2"))),
 )
 
 decoded: dict[str, Any] = {"BLOCK_N": 32, "BLOCK_K": 128}

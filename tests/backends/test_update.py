@@ -82,6 +82,8 @@ def commit_arguments(layer: TernaryLinear, refuse: int, lr: float) -> tuple[obje
 
 def commit(backend: str, layer: TernaryLinear, *, refuse: int = 0, lr: float = 0.3) -> None:
     getattr(torch.ops.ternarize, f"update_commit_{backend}")(*commit_arguments(layer, refuse, lr))
+    # As the optimizer does, when all layers are committed.
+    layer.status.zero_()
 
 
 def staged(layer: TernaryLinear) -> list[Tensor]:

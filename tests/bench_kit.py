@@ -1,5 +1,6 @@
 """Shared by tests of `ternarize bench`: a tiny model, and contenders without a process."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,23 @@ class Local:
 
     def close(self) -> None:
         self.contender = None
+
+
+def interrupt_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with a SIGINT to this process in one of its calls, counted from 1."""
+    calls = 0
+
+    def interrupted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            # A shell starts what is to run in the background without a handler.
+            if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+                raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
+        return function(*arguments)
+
+    return interrupted
 
 
 def assert_usage_error(call: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,12 +19,12 @@ from ternarize.bench.step import Contender, Task, Work
 from ternarize.bench.timing import MIN_ROUNDS
 from ternarize.bench.turns import times_dense
 from ternarize.checkpoint.transformers_model import empty_model
-from ternarize.cli import FAILURE, OK, bench_model, main
+from ternarize.cli import FAILURE, INTERRUPTED, OK, bench_model, main
 from ternarize.config import TernaryConfig
 from ternarize.errors import ConfigError
 from ternarize.layer import ternary_layers
 from ternarize.packing import has_illegal_code
-from tests.bench_kit import CPU, TINY, Local, assert_usage_error
+from tests.bench_kit import CPU, TINY, Local, assert_usage_error, interrupt_at
 
 TERNARY = TernaryConfig(group_size=32)
 
@@ -231,6 +231,15 @@ def test_starts_are_timed_with_caches_of_their_own(monkeypatch: pytest.MonkeyPat
     assert again == [dense, ternary]
 
 
+def test_an_interrupt_of_a_second_start_keeps_all_that_came_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_nothing(monkeypatch)
+    monkeypatch.setattr(Contender, "prepare", interrupt_at(4, Contender.prepare))
+    for result, prewarmed in zip(measure_locally(plan(start_times=True), 1), (True, False), strict=True):
+        assert (result.status, result.interrupted) == ("ok", True)
+        assert (result.rounds, result.seconds is not None) == (MIN_ROUNDS, True)
+        assert (result.cold_seconds is not None, result.prewarmed_seconds is not None) == (True, prewarmed)
+
+
 def test_the_check_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     compile_nothing(monkeypatch)
     monkeypatch.setenv("TERNARIZE_BACKEND", "auto")
@@ -299,6 +308,56 @@ def test_bench_prefill_prints_a_table(tiny: list[str], capsys: pytest.CaptureFix
     out = capsys.readouterr().out
     for words in ("prefill, batch 1, 5 tokens read", "tokens/s", "ternary auto", "no CUDA graph"):
         assert words in out
+
+
+def test_an_interrupt_in_the_timed_rounds_keeps_them(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Contender, "run", interrupt_at(5, Contender.run))
+    assert main(["bench", "decode", *tiny, "--batch", "1,3", "--json"]) == INTERRUPTED
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert (report["ok"], report["error"]) == (False, "interrupted")
+    # The third round, in which it came, is the last one.
+    found = [(cell["batch"], cell["contender"], cell["status"], cell["rounds"]) for cell in report["cells"]]
+    assert found == [(1, "dense", "ok", 3), (1, "ternary auto", "ok", 3)]
+    assert all(cell["milliseconds"] > 0 for cell in report["cells"])
+    assert "batch 1 was cut short, rounds of timing: 3" in captured.err
+
+
+@pytest.mark.parametrize("calls", [(1,), (2,), (5, 5)], ids=["first round", "its second half", "two at once"])
+def test_an_interrupt_in_the_first_round_and_a_second_one_leave_no_time(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, calls: tuple[int, ...]
+) -> None:
+    for call in calls:
+        monkeypatch.setattr(Contender, "run", interrupt_at(call, Contender.run))
+    assert main(["bench", "decode", *tiny, "--json"]) == INTERRUPTED
+    cells = json.loads(capsys.readouterr().out)["cells"]
+    assert [(cell["status"], cell["reason"]) for cell in cells] == [("failed", "interrupted")] * 2
+    assert not any("milliseconds" in cell for cell in cells)
+
+
+def test_an_interrupt_of_a_later_batch_keeps_the_finished_ones(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = ["bench", "decode", *tiny, "--batch", "1,3,5"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Contender, "prepare", interrupt_at(4, Contender.prepare))
+        assert main([*call, "--json"]) == INTERRUPTED
+    cells = json.loads(capsys.readouterr().out)["cells"]
+    assert [(cell["batch"], cell["status"], cell["reason"]) for cell in cells] == [
+        (1, "ok", ""),
+        (1, "ok", ""),
+        (3, "failed", "interrupted"),
+        (3, "failed", "interrupted"),
+    ]
+    assert ["error" in cell for cell in cells] == [True, True, True, False]
+    monkeypatch.setattr(Contender, "prepare", interrupt_at(4, Contender.prepare))
+    assert main(call) == INTERRUPTED
+    captured = capsys.readouterr()
+    for words in ("decode, batch 1", "decode, batch 3", "ternary auto: failed: interrupted"):
+        assert words in captured.out
+    assert captured.err.endswith("ternarize: error: interrupted\n")
 
 
 def test_a_wrong_model_fails_the_run(

@@ -19,10 +19,10 @@ from ternarize.bench.timing import MIN_ROUNDS
 from ternarize.bench.train import Plan, measure_training, teraflops
 from ternarize.bench.train_step import Contender, Task, Training, bytes_a_weight
 from ternarize.bench.turns import Result, times_dense
-from ternarize.cli import FAILURE, OK, bench_train, main
+from ternarize.cli import FAILURE, INTERRUPTED, OK, bench_train, main
 from ternarize.config import Kernels, kernels_policy
 from ternarize.layer import ternary_layers
-from tests.bench_kit import CPU, TINY, Local, assert_usage_error
+from tests.bench_kit import CPU, TINY, Local, assert_usage_error, interrupt_at
 
 INT8 = TernaryConfig(group_size=32)
 INT4 = TernaryConfig(group_size=32, accumulator="int4")
@@ -344,6 +344,17 @@ def test_bench_train_prints_a_table(
         assert words in out
     assert "…" not in out
     assert "allocations the size of a float matrix: 3 of 96x32 of 4 bytes" in out
+
+
+def test_an_interrupt_in_the_timed_rounds_keeps_them(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Contender, "run", interrupt_at(3, Contender.run))
+    assert main(["bench", "train", *tiny, "--accumulator", "int8"]) == INTERRUPTED
+    captured = capsys.readouterr()
+    assert "TFLOP/s, forward" in captured.out
+    assert "batch 4 was cut short, rounds of timing: 2" in captured.err
+    assert captured.err.endswith("ternarize: error: interrupted\n")
 
 
 def test_a_wrong_step_fails_the_run(

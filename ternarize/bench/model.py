@@ -11,7 +11,7 @@ from ternarize.bench import turns
 from ternarize.bench.llama import Config
 from ternarize.bench.process import ContenderError, Process, Remote
 from ternarize.bench.step import Contender, Ready, Task, Work
-from ternarize.bench.turns import Entrant, take_turns
+from ternarize.bench.turns import Entrant, take_turns, until_interrupt
 from ternarize.config import Kernels, TernaryConfig
 
 Start = Callable[[Task, Path | None], Remote]
@@ -76,20 +76,25 @@ def measure_batch(plan: Plan, batch: int, start: Start = _start) -> list[Result]
         start: makes a contender; a process by default.
     """
     results = [Result(contender=name, batch=batch, tokens=plan.task(name, batch).tokens) for name in plan.contenders]
-    with tempfile.TemporaryDirectory(prefix="ternarize-bench-", ignore_cleanup_errors=True) as folder:
+    with (
+        until_interrupt(results),
+        tempfile.TemporaryDirectory(prefix="ternarize-bench-", ignore_cleanup_errors=True) as folder,
+    ):
         caches = {
             name: Path(folder, str(place)) if plan.start_times else None for place, name in enumerate(plan.contenders)
         }
-        entrants = [
+        entrants = (
             Entrant(result, start(plan.task(result.contender, batch), caches[result.contender])) for result in results
-        ]
+        )
         take_turns(entrants, plan.seconds, at_once=not plan.start_times)
         if plan.start_times:
             for result in results:
                 if result.ready is not None:
-                    result.cold_seconds = result.ready.first_call_seconds
                     again = start(plan.task(result.contender, batch), caches[result.contender])
                     result.prewarmed_seconds = _first_call_seconds(again)
+    if plan.start_times:
+        for result in results:
+            result.cold_seconds = None if result.ready is None else result.ready.first_call_seconds
     return results
 
 

@@ -1,14 +1,16 @@
 """A contender in a process of its own: its memory is its own, its start is a start, and what breaks is it alone.
 
 A kernel that reads out of bounds takes every tensor of its process with it. Contenders take turns all the same: the one
-process asks, the others wait for it.
+process asks, the others wait for it. They take no interrupt: that process decides what it means, and they end with it.
 """
 
 import contextlib
 import multiprocessing
 import os
+import signal
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,7 +39,7 @@ class Remote(Protocol):
         """
 
     def close(self) -> None:
-        """Give back the memory."""
+        """Give back the memory, also if an answer is still awaited."""
 
 
 class Process:
@@ -55,12 +57,16 @@ class Process:
         self._connection, theirs = context.Pipe()
         folders = {} if caches is None else {name: str(caches / name.lower()) for name in CACHES}
         self._process = context.Process(target=_serve, args=(theirs, make, task, folders))
-        self._process.start()
+        with _interrupts_blocked():
+            self._process.start()
+        # With imports, to begin with.
+        self._working = True
         # Else the end of their process would not be the end of the pipe.
         theirs.close()
 
     def ask(self, method: str) -> None:
         """See `Remote`."""
+        self._working = True
         # Of a process that has ended, the answer will tell.
         with contextlib.suppress(BrokenPipeError):
             self._connection.send(method)
@@ -72,14 +78,29 @@ class Process:
         except (EOFError, ConnectionResetError):
             self._process.join()
             raise ContenderError(f"its process ended with code {self._process.exitcode}") from None
+        self._working = False
         if not worked:
             raise ContenderError(value)
         return value
 
     def close(self) -> None:
         """See `Remote`."""
+        if self._working:
+            self._process.terminate()
         self._connection.close()
         self._process.join()
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Blocks SIGINT in the block, and in whatever is started there from its first line to its end."""
+    # Else the first start of a process starts the tracker too, and that unblocks SIGINT.
+    resource_tracker.ensure_running()
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 def _serve(connection: Connection, make: Callable[[Any], object], task: object, environment: Mapping[str, str]) -> None:

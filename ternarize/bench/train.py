@@ -8,7 +8,7 @@ import torch
 from ternarize.bench.llama import Config
 from ternarize.bench.process import Process, Remote
 from ternarize.bench.train_step import Contender, Ready, Task
-from ternarize.bench.turns import Entrant, Result, take_turns
+from ternarize.bench.turns import Entrant, Result, take_turns, until_interrupt
 from ternarize.config import Kernels, TernaryConfig
 
 Start = Callable[[Task], Remote]
@@ -64,7 +64,9 @@ def measure_training(plan: Plan, start: Start = _start) -> list[Result[Ready]]:
     results: list[Result[Ready]] = [
         Result(contender=name, batch=plan.batch, tokens=plan.task(name).tokens) for name in plan.contenders
     ]
-    take_turns([Entrant(result, start(plan.task(result.contender))) for result in results], plan.seconds, at_once=False)
+    with until_interrupt(results):
+        entrants = (Entrant(result, start(plan.task(result.contender))) for result in results)
+        take_turns(entrants, plan.seconds, at_once=False)
     return results
 
 

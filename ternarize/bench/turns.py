@@ -1,16 +1,23 @@
 """Contenders that take turns: each is checked, those that are right are timed in rounds, and checked once more."""
 
+import contextlib
 import dataclasses
+import signal
 import statistics
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from ternarize.bench.process import ContenderError, Remote
 from ternarize.bench.timing import MIN_ROUNDS
+from ternarize.signals import stop_signal
 
 #: The name of the contender that times are compared with.
 DENSE = "dense"
+
+#: Quartiles need so many.
+SUMMARY_ROUNDS = 2
 
 
 class Ready(Protocol):
@@ -63,7 +70,11 @@ class Result(Generic[ReadyT]):
     status: Literal["ok", "wrong", "failed"] = "ok"
     reason: str = ""
     """Why it is not ok."""
+    interrupted: bool = False
+    """Whether an interrupt cut short what was done with all contenders."""
     ready: ReadyT | None = None
+    rounds: int = 0
+    """Of timing."""
     seconds: float | None = None
     """Of a step, the median."""
     spread: float | None = None
@@ -101,20 +112,41 @@ class Entrant:
         self._remote.close()
 
 
-def take_turns(entrants: Sequence[Entrant], seconds: float, *, at_once: bool) -> None:
+@contextlib.contextmanager
+def until_interrupt(results: Sequence[Result[Any]]) -> Iterator[None]:
+    """An interrupt ends the block: the results keep what was measured, and what has no time yet has failed."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for result in results:
+            result.interrupted = True
+            if result.status == "ok" and result.seconds is None:
+                result.status, result.reason = "failed", "interrupted"
+
+
+def take_turns(entrants: Iterable[Entrant], seconds: float, *, at_once: bool) -> None:
     """Check every contender, time those that are right, and fill in the results. Closes them all.
 
     Args:
-        entrants: with results that are filled in.
+        entrants: with results that are filled in. Made one by one here, so that an interrupt leaves none open.
         seconds: of timed rounds, all together; at least `MIN_ROUNDS` are run.
         at_once: whether they prepare at the same time, which is faster, but not for a start that is timed.
+
+    Raises:
+        KeyboardInterrupt: at once while they prepare. The first one in timed rounds ends them, and is raised when the
+            results are filled in.
     """
-    try:
-        _prepare(entrants, at_once=at_once)
-        _time([entrant for entrant in entrants if entrant.result.status == "ok"], seconds)
-    finally:
+    # A stack goes on closing if another interrupt comes in the middle of it.
+    with contextlib.ExitStack() as stack:
+        made = []
         for entrant in entrants:
-            entrant.close()
+            stack.callback(entrant.close)
+            made.append(entrant)
+        _prepare(made, at_once=at_once)
+        with stop_signal(signal.SIGINT) as stop:
+            _time([entrant for entrant in made if entrant.result.status == "ok"], seconds, stop)
+        if stop.is_set():
+            raise KeyboardInterrupt
 
 
 def _prepare(entrants: Sequence[Entrant], *, at_once: bool) -> None:
@@ -132,16 +164,15 @@ def _prepare(entrants: Sequence[Entrant], *, at_once: bool) -> None:
 
 def _judge(result: Result[Any], fault: str, when: str) -> None:
     if fault:
-        result.status, result.seconds = "wrong", None
-        result.reason = f"{when}: {fault}"
+        result.status, result.reason = "wrong", f"{when}: {fault}"
 
 
-def _time(entrants: Sequence[Entrant], seconds: float) -> None:
+def _time(entrants: Sequence[Entrant], seconds: float, stop: threading.Event) -> None:
     """Rounds of one stretch each, then the check again: what the timed calls computed must have been right too."""
     stretches: dict[str, list[Stretch]] = {entrant.result.contender: [] for entrant in entrants}
     deadline = time.perf_counter() + seconds
     rounds = 0
-    while entrants and (rounds < MIN_ROUNDS or time.perf_counter() < deadline):
+    while entrants and not stop.is_set() and (rounds < MIN_ROUNDS or time.perf_counter() < deadline):
         rounds += 1
         for entrant in entrants:
             entrant.ask("run")
@@ -156,8 +187,10 @@ def _time(entrants: Sequence[Entrant], seconds: float) -> None:
         result.peak_bytes = entrant.answer()
         if fault is None:
             continue
-        _summarise(result, stretches[result.contender])
+        result.rounds = len(stretches[result.contender])
         _judge(result, fault, "after the timed calls")
+        if result.status == "ok" and result.rounds >= SUMMARY_ROUNDS:
+            _summarise(result, stretches[result.contender])
 
 
 def _summarise(result: Result[Any], stretches: Sequence[Stretch]) -> None:

@@ -11,12 +11,12 @@ from typing import Any, NoReturn
 from torch._dynamo.exc import BackendCompilerFailed
 
 from ternarize.checkpoint.format import tool_version
-from ternarize.cli.output import Output
+from ternarize.cli.output import Interrupted, Output
 from ternarize.errors import ConfigError, TernarizeError, cause_of
 
 VERBS = ("convert", "inspect", "train", "eval", "generate", "bench", "prewarm", "smoke", "doctor")
 
-OK, FAILURE, USAGE = 0, 1, 2
+OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,7 +49,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns 0 if it worked, 1 if not, 2 for a wrong call."""
+    """Run one verb; returns 0 if it worked, 1 if not, 2 for a wrong call, 130 for an interrupt."""
     arguments = build_parser().parse_args(argv)
     output = Output(as_json=arguments.json, quiet=arguments.quiet)
     # Compilers of kernels log to standard output.
@@ -57,8 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with elsewhere:
             result: dict[str, Any] = importlib.import_module(f"ternarize.cli.{arguments.verb}").run(arguments, output)
-    except KeyboardInterrupt:
-        return _fail(output, "interrupted", 130)
+    except KeyboardInterrupt as interrupt:
+        report = interrupt.report if isinstance(interrupt, Interrupted) else None
+        return _fail(output, "interrupted", INTERRUPTED, report)
     except (TernarizeError, OSError, BackendCompilerFailed) as error:
         cause = cause_of(error)
         if not isinstance(cause, (TernarizeError, OSError)):
@@ -69,10 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return FAILURE if result.get("ok") is False else OK
 
 
-def _fail(output: Output, message: str, code: int) -> int:
+def _fail(output: Output, message: str, code: int, report: dict[str, Any] | None = None) -> int:
     line = " ".join(message.split())
     if output.as_json:
-        print(json.dumps({"ok": False, "error": line}))
+        print(json.dumps({**(report or {}), "ok": False, "error": line}))
     else:
         print(f"ternarize: error: {line}", file=sys.stderr)
     return code

@@ -24,7 +24,7 @@ from ternarize.cli.bench_arguments import (
 )
 from ternarize.cli.bench_rows import finite, number
 from ternarize.cli.machine import describe, versions
-from ternarize.cli.output import Output
+from ternarize.cli.output import Interrupted, Output
 from ternarize.errors import ConfigError
 from ternarize.evaluate import default_device
 
@@ -41,7 +41,7 @@ TOKENS = "1,4,16,64,256,1024,4096"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One sub-parser for each thing to measure, whose default ``measure`` is the function that does."""
+    """One sub-parser for each thing to measure, whose default ``measure`` fills in a report, cell by cell."""
     what = parser.add_subparsers(required=True, metavar="WHAT")
     linear = what.add_parser("linear", help="one ternary layer beside dense products, over shapes and tokens")
     linear.set_defaults(measure=_linear)
@@ -98,8 +98,13 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
     output.console.print(
         f"{report['date']}, {report['device']['name']}, {', '.join(found)}", highlight=False, soft_wrap=True
     )
-    measured: dict[str, Any] = arguments.measure(arguments, output, device)
-    return {**report, **measured}
+    report["cells"] = []
+    try:
+        arguments.measure(arguments, output, device, report)
+    except KeyboardInterrupt:
+        raise Interrupted(report) from None
+    report["ok"] = all(row["status"] in ("ok", "not run") for row in report["cells"])
+    return report
 
 
 def _shapes(text: str) -> tuple[tuple[int, int], ...]:
@@ -112,7 +117,7 @@ def _shapes(text: str) -> tuple[tuple[int, int], ...]:
     return tuple(shapes)
 
 
-def _linear(arguments: argparse.Namespace, output: Output, device: torch.device) -> dict[str, Any]:
+def _linear(arguments: argparse.Namespace, output: Output, device: torch.device, report: dict[str, Any]) -> None:
     plan = Plan(
         tokens=arguments.tokens,
         config=ternary_config(arguments, planes=arguments.planes),
@@ -129,8 +134,15 @@ def _linear(arguments: argparse.Namespace, output: Output, device: torch.device)
         raise ConfigError(f"--op update with --planes {plan.config.planes}: only layers of one plane train")
     if arguments.plot is not None:
         check_picture(arguments.plot)
-    command = _command(arguments)
+    report["command"] = command = _command(arguments)
     ceilings = measure_ceilings(plan)
+    report["ceilings"] = {
+        "gigabytes_per_second": {
+            "read": ceilings.read_bytes_per_second / 1e9,
+            "copy": ceilings.copy_bytes_per_second / 1e9,
+        },
+        "teraflops_per_second": {name: rate / 1e12 for name, rate in ceilings.flops_per_second.items()},
+    }
     rates = ", ".join(f"{name} {rate / 1e12:.4g} TFLOP/s" for name, rate in ceilings.flops_per_second.items())
     output.console.print(
         f"{command}\nceilings: read {ceilings.read_bytes_per_second / 1e9:.4g} GB/s, "
@@ -138,35 +150,26 @@ def _linear(arguments: argparse.Namespace, output: Output, device: torch.device)
         highlight=False,
         soft_wrap=True,
     )
-    cells, results = [], []
+    results = []
     for N, K in arguments.shapes:
         measured = []
-        with output.steps_progress() as progress:
-            task = progress.add_task(f"{N} x {K}", total=len(plan.tokens))
-            for cell in measure_shape(N, K, plan):
-                measured.append(cell)
-                progress.advance(task)
-        output.console.print(_table(N, K, measured, ceilings))
-        for line in _reasons(measured):
-            output.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        results += [result for cell in measured for result in cell]
-        cells += [_row(result, cell, ceilings) for cell in measured for result in cell]
+        try:
+            with output.steps_progress() as progress:
+                task = progress.add_task(f"{N} x {K}", total=len(plan.tokens))
+                for cell in measure_shape(N, K, plan):
+                    measured.append(cell)
+                    progress.advance(task)
+        finally:
+            # Of an interrupted shape, what there is.
+            output.console.print(_table(N, K, measured, ceilings))
+            for line in _reasons(measured):
+                output.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            results += [result for cell in measured for result in cell]
+            report["cells"] += [_row(result, cell, ceilings) for cell in measured for result in cell]
     if arguments.plot is not None:
         title = f"{describe(device)['name']}, {arguments.dtype}, groups of {arguments.group_size}"
         draw_roofline(arguments.plot, results, ceilings, title)
         output.console.print(f"roofline: {arguments.plot}", highlight=False, soft_wrap=True)
-    return {
-        "command": command,
-        "ceilings": {
-            "gigabytes_per_second": {
-                "read": ceilings.read_bytes_per_second / 1e9,
-                "copy": ceilings.copy_bytes_per_second / 1e9,
-            },
-            "teraflops_per_second": {name: rate / 1e12 for name, rate in ceilings.flops_per_second.items()},
-        },
-        "cells": cells,
-        "ok": all(row["status"] in ("ok", "not run") for row in cells),
-    }
 
 
 def _command(arguments: argparse.Namespace) -> str:

@@ -21,7 +21,7 @@ from ternarize.cli.bench_arguments import (
     positive_numbers,
     ternary_config,
 )
-from ternarize.cli.bench_rows import finite, number, outcome, times
+from ternarize.cli.bench_rows import end_if_interrupted, finite, number, outcome, times
 from ternarize.cli.output import Output
 from ternarize.config import Kernels, TernaryConfig
 from ternarize.errors import ConfigError
@@ -76,12 +76,11 @@ def _layers(text: str) -> int | str:
     return text if text == FIT else positive_number(text)
 
 
-def measure(arguments: argparse.Namespace, output: Output, device: torch.device) -> dict[str, Any]:
-    """Run the sub-verb; its part of the report."""
+def measure(arguments: argparse.Namespace, output: Output, device: torch.device, report: dict[str, Any]) -> None:
+    """Run the sub-verb, and fill in its part of the report."""
     plan = _plan(arguments, device)
-    command = _command(arguments, plan)
+    report["command"] = command = _command(arguments, plan)
     output.console.print(command, highlight=False, soft_wrap=True)
-    rows = []
     for batch in arguments.batch:
         with output.steps_progress() as progress:
             task = progress.add_task(f"batch {batch}", total=1)
@@ -90,8 +89,8 @@ def measure(arguments: argparse.Namespace, output: Output, device: torch.device)
         output.console.print(_table(plan, batch, results))
         for line in _lines(results):
             output.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        rows += [_row(result, results) for result in results]
-    return {"command": command, "cells": rows, "ok": all(row["status"] == "ok" for row in rows)}
+        report["cells"] += [_row(result, results) for result in results]
+        end_if_interrupted(results, output)
 
 
 def _plan(arguments: argparse.Namespace, device: torch.device) -> Plan:

@@ -19,7 +19,7 @@ from ternarize.cli.bench_arguments import (
     positive_number,
     ternary_config,
 )
-from ternarize.cli.bench_rows import finite, number, outcome, times
+from ternarize.cli.bench_rows import end_if_interrupted, finite, number, outcome, times
 from ternarize.cli.machine import device_argument
 from ternarize.cli.output import Output
 from ternarize.config import Accumulator, Kernels, Rule, TernaryConfig
@@ -68,10 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=device_argument, help="default: the first GPU, or the CPU")
 
 
-def measure(arguments: argparse.Namespace, output: Output, device: torch.device) -> dict[str, Any]:
-    """Run the sub-verb; its part of the report."""
+def measure(arguments: argparse.Namespace, output: Output, device: torch.device, report: dict[str, Any]) -> None:
+    """Run the sub-verb, and fill in its part of the report."""
     plan = _plan(arguments, device)
-    command = _command(arguments, plan)
+    report["command"] = command = _command(arguments, plan)
     output.console.print(command, highlight=False, soft_wrap=True)
     with output.steps_progress() as progress:
         task = progress.add_task("train", total=1)
@@ -81,8 +81,8 @@ def measure(arguments: argparse.Namespace, output: Output, device: torch.device)
     for result in results:
         line = f"{result.contender}: {', '.join(_facts(result))}"
         output.console.print(line, markup=False, highlight=False, soft_wrap=True)
-    rows = [_row(result, results) for result in results]
-    return {"command": command, "cells": rows, "ok": all(row["status"] == "ok" for row in rows)}
+    report["cells"] += [_row(result, results) for result in results]
+    end_if_interrupted(results, output)
 
 
 def _plan(arguments: argparse.Namespace, device: torch.device) -> Plan:

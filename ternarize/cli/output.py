@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,6 +16,18 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+
+
+class Interrupted(KeyboardInterrupt):
+    """An interrupt of a verb that has something to report all the same.
+
+    Args:
+        report: the part of its JSON object that is there.
+    """
+
+    def __init__(self, report: dict[str, Any]) -> None:
+        super().__init__()
+        self.report = report
 
 
 class Output:

@@ -5,9 +5,8 @@ import dataclasses
 import json
 import math
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from ternarize.backends import ternary
 from ternarize.distributed import Replicas
 from ternarize.errors import ConfigError, NonFiniteError
+from ternarize.signals import stop_signal
 from ternarize.train.checkpoint import save_checkpoint
 from ternarize.train.data import Tokens, validation_windows, windows
 from ternarize.train.model import make_optimizer
@@ -218,7 +218,10 @@ def train(
     settings, replicas = trainer.settings, trainer.replicas
     first = replicas.rank == 0
     saved = trainer.step
-    with _stop_signal() as stop, log.open("a", encoding="utf-8") if first else contextlib.nullcontext() as lines:
+    with (
+        stop_signal(signal.SIGINT, signal.SIGTERM) as stop,
+        log.open("a", encoding="utf-8") if first else contextlib.nullcontext() as lines,
+    ):
         while trainer.step < settings.steps and not replicas.any(stop.is_set(), trainer.device):
             start = time.perf_counter()
             loss = trainer.train_step()
@@ -244,31 +247,6 @@ def train(
         if first and saved != trainer.step:
             save_checkpoint(checkpoint, trainer.state_dict())
     return trainer.step == settings.steps
-
-
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; the next one acts as it would without this.
-
-    Nothing outside of the main thread, where Python takes no handlers.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, *_: object) -> None:
-        stop.set()
-        signal.signal(number, former[signal.Signals(number)])
-
-    for number in former:
-        signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 def _finite(value: float) -> float | None:

@@ -5,7 +5,10 @@ import torch
 from torch import Tensor
 
 from ternarize import ops
-from ternarize.cli import FAILURE, OK, USAGE, main
+from ternarize.bench import linear
+from ternarize.bench.ceilings import measure_ceilings
+from ternarize.cli import FAILURE, INTERRUPTED, OK, USAGE, main
+from tests.bench_kit import interrupt_at
 
 SMALL = ["--shapes", "32x64,40x100", "--tokens", "1,17", "--kernels", "torch", "--seconds-per-cell", "0"]
 
@@ -73,6 +76,34 @@ def test_bench_linear_prints_a_table_a_shape(capsys: pytest.CaptureFixture[str])
     ):
         assert words in out
     assert "int8, 1, 17 tokens: not run: torch._int_mm needs multiples of 8, got 40x100\n" in out
+
+
+def test_an_interrupted_bench_linear_keeps_the_finished_cells(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure_cell = linear.measure_cell
+    monkeypatch.setattr(linear, "measure_cell", interrupt_at(4, measure_cell))
+    assert main(["bench", "linear", *SMALL, "--json"]) == INTERRUPTED
+    report = json.loads(capsys.readouterr().out)
+    assert (report["ok"], report["error"]) == (False, "interrupted")
+    assert report["ceilings"]["gigabytes_per_second"]["read"] > 0
+    found = [(cell["out_features"], cell["tokens"]) for cell in report["cells"]]
+    assert found == [shape for shape in ((32, 1), (32, 17), (40, 1)) for _ in range(5)]
+    monkeypatch.setattr(linear, "measure_cell", interrupt_at(4, measure_cell))
+    assert main(["bench", "linear", *SMALL]) == INTERRUPTED
+    captured = capsys.readouterr()
+    assert "40 x 100 (out x in features)" in captured.out
+    assert "int8, 1 tokens: not run: " in captured.out
+    assert captured.err == "ternarize: error: interrupted\n"
+
+
+def test_an_interrupt_before_the_first_cell_is_an_object_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ternarize.cli.bench.measure_ceilings", interrupt_at(1, measure_ceilings))
+    assert main(["bench", "linear", *SMALL, "--json"]) == INTERRUPTED
+    report = json.loads(capsys.readouterr().out)
+    assert (report["cells"], report["ok"], report["error"]) == ([], False, "interrupted")
 
 
 def test_a_wrong_kernel_fails_the_run_and_gets_no_time(

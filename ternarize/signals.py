@@ -1,0 +1,31 @@
+"""Signals that end a long run in order."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def stop_signal(*numbers: signal.Signals) -> Iterator[threading.Event]:
+    """An event that the first of these signals sets; the next one acts as it would without this.
+
+    Nothing outside of the main thread, where Python takes no handlers.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    former = {number: signal.getsignal(number) for number in numbers}
+
+    def handle(number: int, *_: object) -> None:
+        stop.set()
+        signal.signal(number, former[signal.Signals(number)])
+
+    for number in former:
+        signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

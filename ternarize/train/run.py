@@ -115,6 +115,8 @@ def start(
     }
     replicas = Replicas()
     first = replicas.rank == 0
+    # Before there is a folder, which would have to be removed before the right call.
+    settings.check_processes(replicas.size)
     if resume:
         _require_same(folder.path / RUN_FILE, description)
     elif first and folder.path.is_dir() and any(folder.path.iterdir()):

@@ -74,6 +74,15 @@ class TrainSettings:
             raise ConfigError(f"accumulator={self.accumulator!r} is a form of 'factored': drop it under {self.rule!r}")
         _ = self.ternary
 
+    def check_processes(self, count: int) -> None:
+        """Refuse a number of processes that cannot share a micro-batch evenly.
+
+        Raises:
+            ConfigError: if they cannot.
+        """
+        if self.batch % count:
+            raise ConfigError(f"{count} processes cannot share batch={self.batch} windows: use a multiple of {count}")
+
     @property
     def ternary(self) -> TernaryConfig | None:
         """What kind of ternary layers to make; None for the float baselines."""

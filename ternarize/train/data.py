@@ -123,7 +123,10 @@ def _write(file: Path, texts: Sequence[Path], tokenizer: Any) -> None:
                 try:
                     ids = tokenizer.encode(chunk.decode("utf-8"), add_special_tokens=False).ids
                 except UnicodeDecodeError as error:
-                    raise ConfigError(f"{text} is not UTF-8 text ({error.reason}): a tokenizer needs that") from None
+                    raise ConfigError(
+                        f"{text} is not UTF-8 text ({error.reason}), which a tokenizer needs: convert it, or train on "
+                        "bytes without --tokenizer"
+                    ) from None
                 out.write(np.asarray(ids, dtype).tobytes())
 
 

@@ -93,7 +93,7 @@ def test_a_verb_is_a_module_too(verb: str, monkeypatch: pytest.MonkeyPatch, caps
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--text", "no-such-file"], FAILURE, "no-such-file"),
+        (["--text", "no-such-file"], FAILURE, "no-such-file cannot be read or written (No such file or directory)"),
         (["--text", "/dev/null"], USAGE, "the train text has 0 tokens"),
         (["--validation", "/dev/null"], USAGE, "the validation text has 0 tokens"),
         (["--tokenizer", "/dev/null"], USAGE, "is no tokenizer file"),
@@ -124,10 +124,21 @@ def test_a_wrong_call_of_train_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_that_transformers_does_not_know_is_named_without_all_that_it_knows(
+    call: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text('{"model_type": "nonsense"}')
+    assert main([*call, "--model", str(config)]) == FAILURE
+    message = f"{config} is no config of a transformers model (model_type is 'nonsense'): give a config.json"
+    assert capsys.readouterr().err == f"ternarize: error: {message}\n"
+
+
 @pytest.mark.parametrize(
     ("device", "message"),
     [
         ("foo", "'foo' is no device"),
+        ("meta", "'meta' is no device to run on: write cpu, cuda or cuda:0"),
         pytest.param(
             "cuda",
             "there is no cuda: PyTorch sees 0",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ternarize.errors import ConfigError
+from ternarize.train.tokenizer import vocabulary_size
 
 TRAIN_FILE, VALIDATION_FILE = "train.bin", "validation.bin"
 
@@ -72,7 +73,7 @@ def open_tokens(folder: Path, tokenizer: Any) -> Tokens:
 
 def token_dtype(tokenizer: Any) -> np.dtype[Any]:
     """The smallest unsigned integers that hold the tokens of a tokenizer, or bytes for None."""
-    return np.min_scalar_type(255 if tokenizer is None else tokenizer.get_vocab_size() - 1)
+    return np.min_scalar_type(255 if tokenizer is None else vocabulary_size(tokenizer) - 1)
 
 
 def windows(tokens: np.ndarray[Any, Any], ctx: int, count: int, seed: int, step: int) -> Tensor:

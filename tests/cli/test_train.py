@@ -68,6 +68,23 @@ def test_a_loss_that_is_not_finite_ends_with_its_step_and_code_1(
     assert main([*broken, "--resume", "--skip-nonfinite"]) == OK
 
 
+def test_steps_that_changed_nothing_are_told_at_the_end(call: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*call, "--float-lr", "1e37", "--warmup", "0", "--skip-nonfinite"]) == OK
+    assert "warning: 3 of 4 steps changed nothing" in errors(capsys)
+
+
+def test_a_finished_run_whose_log_is_gone_is_written_again(
+    call: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(call) == OK
+    (tmp_path / "run" / "log.jsonl").unlink()
+    capsys.readouterr()
+    assert main([*call, "--resume", "--json"]) == OK
+    result = json.loads(capsys.readouterr().out)
+    assert result["steps"] == 4
+    assert result["loss"] is result["seconds_per_step"] is None
+
+
 def test_an_interrupted_run_says_how_to_go_on(
     call: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

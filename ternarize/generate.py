@@ -47,12 +47,12 @@ def generate(
         prompt: the user's message, or plain text.
         max_new_tokens: at most so many, and no more than the model has positions for.
         temperature: 0 is greedy; larger is sampling from the softmax of logits / temperature.
-        seed: of the sampling.
+        seed: of the sampling, 64 bits.
         chat: put the prompt through the tokenizer's chat template, if it has one.
 
     Raises:
         ConfigError: for an empty prompt or one that fills the model's positions, a temperature that is negative or not
-            finite, or fewer than one new token.
+            finite, fewer than one new token, or a seed of more bits.
     """
     if not prompt:
         raise ConfigError("the prompt is empty: give at least one character")
@@ -60,6 +60,8 @@ def generate(
         raise ConfigError(f"temperature is {temperature}: use 0 for greedy, or a positive number")
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}: use at least 1")
+    if not 0 <= seed < 2**64:
+        raise ConfigError(f"seed is {seed}, no number of 64 bits: use 0 to {2**64 - 1}")
     if chat and tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(

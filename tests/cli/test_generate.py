@@ -63,6 +63,7 @@ def test_the_verb_prints_the_text_and_the_speed(tiny_checkpoint: Path, capsys: p
         (["--prompt", "x", "--temperature", "-1"], "temperature is -1.0"),
         (["--prompt", "x", "--temperature", "nan"], "temperature is nan"),
         (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["--prompt", "x", "--seed", str(2**64)], f"seed is {2**64}"),
     ],
 )
 def test_a_wrong_call_of_generate_is_one_line(

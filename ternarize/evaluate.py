@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import math
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ from ternarize.checkpoint.format import QUANT_METHOD
 from ternarize.checkpoint.source import quant_method, read_config
 from ternarize.errors import CheckpointError, ConfigError, NonFiniteError
 
+#: Tokens of a window, for models that have as many positions.
+WINDOW = 512
+
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
@@ -30,6 +34,8 @@ class Perplexity:
     """Mean negative log-likelihood of a scored token, in nats."""
     tokens: int
     """Scored tokens: the first of each window is not one of them."""
+    window: int
+    """Tokens of a window."""
     seconds: float
     """Wall time of the forward passes, compilation included if the model is compiled in the first."""
 
@@ -103,7 +109,7 @@ def _load(
 
 
 def perplexity(
-    model: nn.Module, tokenizer: Any, text: str, *, window: int = 512, max_tokens: int | None = None
+    model: nn.Module, tokenizer: Any, text: str, *, window: int | None = None, max_tokens: int | None = None
 ) -> Perplexity:
     """Perplexity of a causal language model on a text, in non-overlapping windows.
 
@@ -113,18 +119,22 @@ def perplexity(
         model: takes ``input_ids`` int64 [1, S] and returns an object with ``logits`` [1, S, V].
         tokenizer: a transformers tokenizer.
         text: to be scored; no special tokens are added.
-        window: S, tokens a window, at least 2.
+        window: S, tokens a window, at least 2; None: 512, or all positions of a model that has fewer.
         max_tokens: use only so many tokens from the start of the text.
 
     Raises:
-        ConfigError: for a window, or a text, of fewer than 2 tokens.
+        ConfigError: for a window, or a text, of fewer than 2 tokens, or a window longer than the model's positions.
         NonFiniteError: if the model's log-likelihood is not finite.
     """
+    if window is None:
+        window = min(WINDOW, positions(model))
+    if window > positions(model):
+        raise ConfigError(f"window is {window}, the model has {positions(model)} positions: use at most as many")
     if window < 2:
         raise ConfigError(f"window is {window}: it needs at least 2 tokens, of which the first is not scored")
     tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[:, :max_tokens]
     if tokens.shape[1] < 2:
-        raise ConfigError(f"the text has {tokens.shape[1]} tokens: perplexity needs at least 2")
+        raise ConfigError(f"the text has {tokens.shape[1]} tokens, perplexity needs at least 2: give more text")
     tokens = tokens.to(next(model.parameters()).device)
     total, scored = 0.0, 0
     start = time.perf_counter()
@@ -140,7 +150,14 @@ def perplexity(
     if not math.isfinite(nll):
         raise NonFiniteError(f"the mean log-likelihood is {nll}: the model's weights or its dtype are broken")
     # The float64 exp of torch gives inf where that of math raises.
-    return Perplexity(torch.tensor(nll, dtype=torch.float64).exp().item(), nll, scored, seconds)
+    return Perplexity(torch.tensor(nll, dtype=torch.float64).exp().item(), nll, scored, window, seconds)
+
+
+def positions(model: nn.Module) -> int:
+    """How many tokens a sequence of a language model may have: what its config says, or any number."""
+    limit: int | None = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    # Some configs say -1 where there is no limit.
+    return limit if limit is not None and limit > 0 else sys.maxsize
 
 
 @contextmanager

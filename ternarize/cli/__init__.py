@@ -64,10 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         cause = cause_of(error)
         if not isinstance(cause, (TernarizeError, OSError)):
             raise
-        return _fail(output, str(cause), USAGE if isinstance(cause, ConfigError) else FAILURE)
+        return _fail(output, _message(cause), USAGE if isinstance(cause, ConfigError) else FAILURE)
     if output.as_json:
         print(json.dumps(result))
     return FAILURE if result.get("ok") is False else OK
+
+
+def _message(error: TernarizeError | OSError) -> str:
+    # The system names the file and what was wrong, not what to do.
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{error.filename} cannot be read or written ({error.strerror}): mend that, or name another path"
+    return str(error)
 
 
 def _fail(output: Output, message: str, code: int, report: dict[str, Any] | None = None) -> int:

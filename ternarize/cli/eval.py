@@ -19,7 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("model", type=Path, help="a converted folder, a dense transformers folder, or a .gguf file")
     parser.add_argument("--text", type=Path, help="UTF-8 text file (default: the prose sample that ternarize ships)")
-    parser.add_argument("--window", type=int, default=512, help="tokens a window; windows do not overlap (default 512)")
+    parser.add_argument(
+        "--window",
+        type=int,
+        help=f"tokens a window; windows do not overlap (default {evaluate.WINDOW}, or as many as the model takes)",
+    )
     parser.add_argument("--max-tokens", type=int, help="use only so many tokens from the start of the text")
     parser.add_argument("--compile", action="store_true", help='run through torch.compile(model, backend="ternary")')
 
@@ -39,11 +43,12 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
         f"{result.perplexity:.4g}", f"{result.nll:.4f}", f"{result.tokens:,}", f"{result.tokens_per_second:,.1f}"
     )
     output.console.print(table)
-    return {"model": str(arguments.model), "window": arguments.window, **dataclasses.asdict(result)}
+    return {"model": str(arguments.model), **dataclasses.asdict(result)}
 
 
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--text {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        where = f"{error.reason} at byte {error.start}"
+        raise ConfigError(f"--text {path} is not UTF-8 text ({where}): convert it to that") from error

@@ -34,11 +34,13 @@ def _driver() -> str | None:
 
 
 def device_argument(text: str) -> torch.device:
-    """A device by its name, for --device."""
+    """A device by its name, for --device: the CPU or a CUDA device."""
     try:
         device = torch.device(text)
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device: write cpu, cuda or cuda:0") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device to run on: write cpu, cuda or cuda:0")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(f"there is no {text}: PyTorch sees {torch.cuda.device_count()} CUDA devices")
     return device

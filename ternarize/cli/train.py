@@ -113,6 +113,11 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
         finished = _train(trainer, folder, arguments, output)
     if not first:
         return {}
+    if trainer.skipped:
+        output.warn(
+            f"{trainer.skipped} of {trainer.step} steps changed nothing: something in them was not finite; "
+            "lower the learning rate or look for the cause"
+        )
     records = read_log(folder.log)
     _draw(records, folder, output)
     if not finished:
@@ -203,10 +208,11 @@ def _draw(records: list[dict[str, Any]], folder: RunFolder, output: Output) -> N
 
 
 def _result(trainer: Trainer, folder: RunFolder, records: list[dict[str, Any]]) -> dict[str, Any]:
-    last = records[-1]
+    # The log of a finished run may be gone when it is resumed.
+    last = records[-1] if records else {"loss": None, "validation": None}
     cuda = trainer.device.type == "cuda"
     # The median leaves out the steps that compile.
-    seconds = statistics.median(record["seconds"] for record in records)
+    seconds = statistics.median(record["seconds"] for record in records) if records else None
     return {
         "out": str(folder.path),
         "model": str(folder.model),

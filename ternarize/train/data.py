@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ternarize.errors import ConfigError
+from ternarize.train.tokenizer import vocabulary_size
 
 TRAIN_FILE, VALIDATION_FILE = "train.bin", "validation.bin"
 
@@ -72,7 +73,7 @@ def open_tokens(folder: Path, tokenizer: Any) -> Tokens:
 
 def token_dtype(tokenizer: Any) -> np.dtype[Any]:
     """The smallest unsigned integers that hold the tokens of a tokenizer, or bytes for None."""
-    return np.min_scalar_type(255 if tokenizer is None else tokenizer.get_vocab_size() - 1)
+    return np.min_scalar_type(255 if tokenizer is None else vocabulary_size(tokenizer) - 1)
 
 
 def windows(tokens: np.ndarray[Any, Any], ctx: int, count: int, seed: int, step: int) -> Tensor:
@@ -123,7 +124,10 @@ def _write(file: Path, texts: Sequence[Path], tokenizer: Any) -> None:
                 try:
                     ids = tokenizer.encode(chunk.decode("utf-8"), add_special_tokens=False).ids
                 except UnicodeDecodeError as error:
-                    raise ConfigError(f"{text} is not UTF-8 text ({error.reason}): a tokenizer needs that") from None
+                    raise ConfigError(
+                        f"{text} is not UTF-8 text ({error.reason}), which a tokenizer needs: convert it, or train on "
+                        "bytes without --tokenizer"
+                    ) from None
                 out.write(np.asarray(ids, dtype).tobytes())
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ternarize.backends import ternary
 from ternarize.distributed import Replicas
-from ternarize.errors import ConfigError, NonFiniteError
+from ternarize.errors import NonFiniteError
 from ternarize.signals import stop_signal
 from ternarize.train.checkpoint import save_checkpoint
 from ternarize.train.data import Tokens, validation_windows, windows
@@ -66,10 +66,7 @@ class Trainer:
         self.model, self.settings, self.tokens = model, settings, tokens
         self.device = next(model.parameters()).device
         self.replicas = Replicas()
-        if settings.batch % self.replicas.size:
-            raise ConfigError(
-                f"{self.replicas.size} processes cannot share batch={settings.batch} windows: use a multiple of that"
-            )
+        settings.check_processes(self.replicas.size)
         self.optimizer = make_optimizer(model, settings, skip_nonfinite=skip_nonfinite)
         self.step = 0
         self._skip_nonfinite = skip_nonfinite

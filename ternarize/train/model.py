@@ -88,13 +88,17 @@ def read_model_config(path: Path, *, ctx: int, vocabulary: int) -> Any:
         ConfigError: if it cannot be trained on such tokens.
         CheckpointError: if it is no config that transformers knows.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     file = path / CONFIG_FILE if path.is_dir() else path
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         content.pop("quantization_config", None)
-        config = AutoConfig.for_model(content.pop("model_type"), **content)
+        model_type = content.pop("model_type", None)
+        # What transformers says of an unknown one are the names of all that it knows.
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(f"model_type is {model_type!r}")
+        config = AutoConfig.for_model(model_type, **content)
     # Configs of a hundred architectures raise whatever comes to them.
     except Exception as error:
         raise CheckpointError(f"{file} is no config of a transformers model ({error}): give a config.json") from None

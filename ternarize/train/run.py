@@ -21,7 +21,7 @@ from ternarize.train.data import open_tokens, write_tokens
 from ternarize.train.loop import Trainer
 from ternarize.train.model import bake, build_model
 from ternarize.train.settings import TrainSettings
-from ternarize.train.tokenizer import byte_tokenizer, read_tokenizer, save_tokenizer
+from ternarize.train.tokenizer import byte_tokenizer, read_tokenizer, save_tokenizer, vocabulary_size
 
 RUN_FILE = "run.json"
 
@@ -107,7 +107,7 @@ def start(
         CheckpointError: if the folder exists, or holds no run to resume.
     """
     tokenizer = source.read_tokenizer()
-    config = model_config(tokenizer.get_vocab_size())
+    config = model_config(vocabulary_size(tokenizer))
     description = {
         "settings": dataclasses.asdict(settings),
         "source": source.as_dict(),
@@ -115,6 +115,8 @@ def start(
     }
     replicas = Replicas()
     first = replicas.rank == 0
+    # Before there is a folder, which would have to be removed before the right call.
+    settings.check_processes(replicas.size)
     if resume:
         _require_same(folder.path / RUN_FILE, description)
     elif first and folder.path.is_dir() and any(folder.path.iterdir()):

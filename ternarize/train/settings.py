@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Literal, get_args
 
+import torch
+
 from ternarize.config import Accumulator, TernaryConfig
 from ternarize.errors import ConfigError
 from ternarize.optim import DEFAULT_LR
@@ -64,8 +66,8 @@ class TrainSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)}: use at least 1")
         for name in ("lr", "float_lr"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"{name} is {value}: use 0 or more")
+            if value is not None and not 0 <= value <= torch.finfo(torch.float32).max:
+                raise ConfigError(f"{name} is {value}: use 0 or more that float32 holds")
         if self.warmup < 0:
             raise ConfigError(f"warmup is {self.warmup}: use 0 or more")
         if not 0 <= self.seed < 2**32:
@@ -73,6 +75,15 @@ class TrainSettings:
         if self.accumulator != "int8" and self.rule != "factored":
             raise ConfigError(f"accumulator={self.accumulator!r} is a form of 'factored': drop it under {self.rule!r}")
         _ = self.ternary
+
+    def check_processes(self, count: int) -> None:
+        """Refuse a number of processes that cannot share a micro-batch evenly.
+
+        Raises:
+            ConfigError: if they cannot.
+        """
+        if self.batch % count:
+            raise ConfigError(f"{count} processes cannot share batch={self.batch} windows: use a multiple of {count}")
 
     @property
     def ternary(self) -> TernaryConfig | None:

@@ -15,10 +15,18 @@ def read_tokenizer(file: Path) -> Any:
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     # The library raises plain Exceptions.
     except Exception as error:
         raise ConfigError(f"{file} is no tokenizer file ({error}): give a tokenizer.json") from None
+    if not tokenizer.get_vocab():
+        raise ConfigError(f"{file} is a tokenizer without tokens: give one that was trained")
+    return tokenizer
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """How many rows an embedding needs: the numbers of a tokenizer's tokens may have gaps."""
+    return int(max(tokenizer.get_vocab().values())) + 1
 
 
 def byte_tokenizer() -> Any:

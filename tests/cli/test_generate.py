@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ternarize.cli import FAILURE, OK, USAGE, main
+from ternarize.errors import ConfigError
 from ternarize.evaluate import load
 from ternarize.generate import generate
 
@@ -37,6 +38,14 @@ def test_the_chat_template_is_used_if_there_is_one_and_wanted(tiny_checkpoint: P
     assert generate(model, tokenizer, "[hello]", max_new_tokens=8).text != plain
 
 
+def test_generation_ends_where_the_positions_of_the_model_do(tiny_checkpoint: Path) -> None:
+    model, tokenizer = load(tiny_checkpoint, device="cpu")
+    model.config.max_position_embeddings = 8  # type: ignore[union-attr]
+    assert generate(model, tokenizer, "hello", max_new_tokens=16).tokens == 3
+    with pytest.raises(ConfigError, match="the prompt has 8 tokens, the model 8 positions: shorten it"):
+        generate(model, tokenizer, "hello!!!", max_new_tokens=16)
+
+
 def test_the_verb_prints_the_text_and_the_speed(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call = ["generate", str(tiny_checkpoint), "--prompt", "hello", "--max-new-tokens", "4"]
     assert main(call) == OK
@@ -52,7 +61,9 @@ def test_the_verb_prints_the_text_and_the_speed(tiny_checkpoint: Path, capsys: p
     [
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "x", "--temperature", "-1"], "temperature is -1.0"),
+        (["--prompt", "x", "--temperature", "nan"], "temperature is nan"),
         (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["--prompt", "x", "--seed", str(2**64)], f"seed is {2**64}"),
     ],
 )
 def test_a_wrong_call_of_generate_is_one_line(

@@ -68,6 +68,23 @@ def test_a_loss_that_is_not_finite_ends_with_its_step_and_code_1(
     assert main([*broken, "--resume", "--skip-nonfinite"]) == OK
 
 
+def test_steps_that_changed_nothing_are_told_at_the_end(call: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*call, "--float-lr", "1e37", "--warmup", "0", "--skip-nonfinite"]) == OK
+    assert "warning: 3 of 4 steps changed nothing" in errors(capsys)
+
+
+def test_a_finished_run_whose_log_is_gone_is_written_again(
+    call: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(call) == OK
+    (tmp_path / "run" / "log.jsonl").unlink()
+    capsys.readouterr()
+    assert main([*call, "--resume", "--json"]) == OK
+    result = json.loads(capsys.readouterr().out)
+    assert result["steps"] == 4
+    assert result["loss"] is result["seconds_per_step"] is None
+
+
 def test_an_interrupted_run_says_how_to_go_on(
     call: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,7 +110,7 @@ def test_a_verb_is_a_module_too(verb: str, monkeypatch: pytest.MonkeyPatch, caps
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--text", "no-such-file"], FAILURE, "no-such-file"),
+        (["--text", "no-such-file"], FAILURE, "no-such-file cannot be read or written (No such file or directory)"),
         (["--text", "/dev/null"], USAGE, "the train text has 0 tokens"),
         (["--validation", "/dev/null"], USAGE, "the validation text has 0 tokens"),
         (["--tokenizer", "/dev/null"], USAGE, "is no tokenizer file"),
@@ -124,10 +141,21 @@ def test_a_wrong_call_of_train_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_that_transformers_does_not_know_is_named_without_all_that_it_knows(
+    call: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text('{"model_type": "nonsense"}')
+    assert main([*call, "--model", str(config)]) == FAILURE
+    message = f"{config} is no config of a transformers model (model_type is 'nonsense'): give a config.json"
+    assert capsys.readouterr().err == f"ternarize: error: {message}\n"
+
+
 @pytest.mark.parametrize(
     ("device", "message"),
     [
         ("foo", "'foo' is no device"),
+        ("meta", "'meta' is no device to run on: write cpu, cuda or cuda:0"),
         pytest.param(
             "cuda",
             "there is no cuda: PyTorch sees 0",

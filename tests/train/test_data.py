@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from ternarize.errors import ConfigError
 from ternarize.train import data
 from ternarize.train.data import open_tokens, token_dtype, validation_windows, windows, write_tokens
-from ternarize.train.tokenizer import byte_tokenizer, read_tokenizer
+from ternarize.train.tokenizer import byte_tokenizer, read_tokenizer, vocabulary_size
 
 TOKENS = np.arange(1000, dtype=np.uint16)
 
@@ -90,6 +90,21 @@ def test_tokens_of_a_tokenizer_file_are_those_of_the_tokenizer(tmp_path: Path, m
     ids = np.concatenate([tokens.train, tokens.validation])
     assert ids.tolist() == tokenizer.encode(lines).ids
     assert len(ids) < len(lines)
+
+
+def test_numbers_of_tokens_may_have_gaps(tmp_path: Path) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: 300 * i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    (tmp_path / "text").write_text("some words\n" * 10)
+    write_tokens(tmp_path, [tmp_path / "text"], None, tokenizer)
+    assert open_tokens(tmp_path, tokenizer).train.max() < vocabulary_size(tokenizer) == 300 * 255 + 1
+
+
+def test_a_tokenizer_without_tokens_is_refused(tmp_path: Path) -> None:
+    Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ConfigError, match="a tokenizer without tokens"):
+        read_tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_a_tokenizer_needs_utf8(tmp_path: Path) -> None:

@@ -53,8 +53,11 @@ def test_shares_add_up_to_the_step_of_one_process(folder: Path, ranks: list[dict
         torch.testing.assert_close(rank["dense"], alone.model.state_dict(), rtol=1e-3, atol=1e-4)
 
 
-def test_a_micro_batch_that_cannot_be_shared_is_refused(ranks: list[dict[str, Any]]) -> None:
+def test_a_micro_batch_that_cannot_be_shared_is_refused_before_there_is_a_folder(
+    folder: Path, ranks: list[dict[str, Any]]
+) -> None:
     assert all("2 processes cannot share batch=3 windows: use a multiple" in rank["odd"] for rank in ranks)
+    assert not (folder / "odd").exists()
 
 
 @pytest.mark.slow

@@ -233,6 +233,7 @@ def test_a_run_that_cannot_start_leaves_no_folder(tiny: Tiny) -> None:
         ({"ctx": 0}, "ctx is 0"),
         ({"lr": -1.0}, "lr is -1.0"),
         ({"float_lr": math.nan}, "float_lr is nan"),
+        ({"lr": 1e39}, "lr is 1e\\+39: use 0 or more that float32 holds"),
         ({"warmup": -1}, "warmup is -1"),
         ({"seed": 2**32}, "seed is 4294967296"),
         ({"rule": "dense", "accumulator": "int4"}, "a form of 'factored'"),

@@ -106,6 +106,9 @@ def test_a_shape_is_a_name_or_a_file(tmp_path: Path) -> None:
     assert model_config("8b")["intermediate_size"] == 14336
     with pytest.raises(ConfigError, match="none of smol, 1b, 8b, 70b"):
         model_config("9b")
+    file.write_text('{"num_hidden_layers": "two"}')
+    with pytest.raises(ConfigError, match="has no number num_hidden_layers: give the config"):
+        model_config(str(file))
 
 
 def test_layers_fit_that_all_contenders_can_hold(monkeypatch: pytest.MonkeyPatch) -> None:

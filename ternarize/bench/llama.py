@@ -79,6 +79,8 @@ def model_config(model: str) -> Config:
         raise ConfigError(
             f"--model {model!r} is none of {', '.join(SHAPES)} and no config.json that can be read: {error}"
         ) from None
+    if not isinstance(config, dict) or not isinstance(config.get("num_hidden_layers"), int):
+        raise ConfigError(f"--model {model!r} has no number num_hidden_layers: give the config.json of a Llama")
     return config
 
 

@@ -20,6 +20,7 @@ from ternarize.cli.bench_arguments import (
     add_layer_arguments,
     names_of,
     positive_numbers,
+    seconds,
     ternary_config,
 )
 from ternarize.cli.bench_rows import finite, number
@@ -67,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     linear.add_argument(
         "--seconds-per-cell",
-        type=float,
+        type=seconds,
         default=0.5,
         metavar="S",
         help="of timing, for one shape and number of tokens, everything together (default 0.5)",

@@ -1,6 +1,7 @@
 """Arguments that several kinds of ``ternarize bench`` take."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar, get_args
 
@@ -78,6 +79,17 @@ def positive_number(text: str) -> int:
     if len(numbers) != 1:
         raise argparse.ArgumentTypeError(f"{text!r} is more than one number")
     return numbers[0]
+
+
+def seconds(text: str) -> float:
+    """A time, 0 for the least that is measured."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time in seconds: write 0 or more")
+    return value
 
 
 def names_of(what: str, text: str, known: Sequence[Name]) -> tuple[Name, ...]:

@@ -19,6 +19,7 @@ from ternarize.cli.bench_arguments import (
     add_layer_arguments,
     positive_number,
     positive_numbers,
+    seconds,
     ternary_config,
 )
 from ternarize.cli.bench_rows import end_if_interrupted, finite, number, outcome, times
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser, work: Work) -> None:
     add_activation_argument(parser)
     add_layer_arguments(parser)
     parser.add_argument(
-        "--seconds", type=float, default=5.0, help="of timing for a batch size, everything together (default 5)"
+        "--seconds", type=seconds, default=5.0, help="of timing for a batch size, everything together (default 5)"
     )
     parser.add_argument(
         "--start-times",

@@ -17,6 +17,7 @@ from ternarize.cli.bench_arguments import (
     add_kernels_argument,
     names_of,
     positive_number,
+    seconds,
     ternary_config,
 )
 from ternarize.cli.bench_rows import end_if_interrupted, finite, number, outcome, times
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpointing", action="store_true", help="keep only the input of each block and run it again in backward"
     )
-    parser.add_argument("--seconds", type=float, default=20.0, help="of timing, everything together (default 20)")
+    parser.add_argument("--seconds", type=seconds, default=20.0, help="of timing, everything together (default 20)")
     parser.add_argument(
         "--trace-memory",
         action="store_true",

@@ -134,6 +134,9 @@ def test_a_wrong_kernel_fails_the_run_and_gets_no_time(
         (["linear", "--shapes", "0x64"], "'0x64' is no shape"),
         (["linear", "--tokens", "1,0"], "'0' is no positive number"),
         (["linear", "--kernels", "cuda"], "'cuda' is not among kernels"),
+        (["linear", "--seconds-per-cell", "-1"], "'-1' is no time in seconds"),
+        (["train", "--seconds", "inf"], "'inf' is no time in seconds"),
+        (["decode", "--seconds", "long"], "'long' is no time in seconds"),
     ],
 )
 def test_a_wrong_call_of_bench_is_one_line(

@@ -17,6 +17,7 @@ from ternarize.bench.ceilings import Ceilings, measure_ceilings
 from ternarize.bench.contenders import baselines, random_contenders
 from ternarize.bench.linear import CHECKED_TOKENS, Plan, Result, dense_seconds, measure_shape, sample_rows
 from ternarize.bench.timing import MIN_ROUNDS, copies_needed, record, time_in_turns
+from ternarize.bench.training import random_step, update
 from ternarize.config import TernaryConfig
 
 CPU = torch.device("cpu")
@@ -319,6 +320,13 @@ def test_an_update_is_checked_by_its_integers() -> None:
         assert kernel.error is not None
         assert kernel.error <= 1e-4
         assert kernel.flops == dense.flops
+
+
+def test_updates_that_are_timed_are_steps_of_one_micro_batch_each() -> None:
+    step = random_step(24, 64, 5, TernaryConfig(), torch.float32, CPU)
+    for _ in range(2):
+        update("torch", step.grad_y, step.x, step.before)
+        assert step.before.status.tolist() == [0, 0]
 
 
 def test_an_update_with_wrong_integers_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:

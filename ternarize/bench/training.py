@@ -133,6 +133,8 @@ def update(kernel: str, grad_y: Tensor, x: Tensor, layer: TernaryLinear) -> Tens
         layer.group_size,
         layer.rule,
     )
+    # The optimizer does it once for all layers.
+    layer.status.zero_()
     return layer.T_packed
 
 

@@ -1,6 +1,7 @@
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,10 +43,11 @@ def test_a_last_window_of_one_token_is_not_scored(tiny_checkpoint: Path) -> None
 
 def test_a_window_has_no_more_tokens_than_the_model_has_positions(tiny_checkpoint: Path) -> None:
     model, tokenizer = load(tiny_checkpoint, device="cpu")
+    config: Any = model.config
     for positions, window in ((48, 48), (4096, 512), (-1, 512)):
-        model.config.max_position_embeddings = positions  # type: ignore[union-attr]
+        config.max_position_embeddings = positions
         assert perplexity(model, tokenizer, sample_text(), max_tokens=600).window == window
-    model.config.max_position_embeddings = 48  # type: ignore[union-attr]
+    config.max_position_embeddings = 48
     with pytest.raises(ConfigError, match="window is 49, the model has 48 positions: use at most as many"):
         perplexity(model, tokenizer, sample_text(), window=49)
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,19 +33,9 @@ def gpu_name(device: torch.device) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _kernel(
-    program_for: Callable[..., build.Program],
-    M: int,
-    layers: tuple[LayerShape, ...],
-    K: int,
-    group_size: int,
-    dtype: torch.dtype,
-    guarded: bool,
-    device: torch.device,
-) -> build.Kernel:
-    """The kernel of a call, built if it is not yet; kept by what the call shows, of which its program takes a while."""
-    program = program_for(M, layers, K, group_size, dtype, guarded=guarded, gpu=gpu_name(device))
-    return build.start(program).result()
+def _kernel(program_for: Callable[..., build.Program], device: torch.device, *call: Any, guarded: bool) -> build.Kernel:
+    """The kernel of a call, by the arguments of its ``program_for``: to form the program each time takes longer."""
+    return build.start(program_for(*call, guarded=guarded, gpu=gpu_name(device))).result()
 
 
 def launch(
@@ -91,7 +82,7 @@ def launch(
         arguments += [tensor for tensor in (bias[i], bias_exponent[i]) if tensor is not None]
         arguments += status[i : i + 1]
     layers = layer_shapes(T_packed, E_mantissa, bias)
-    kernel = _kernel(program_for, M, layers, K, group_size, dtype, bool(status), x.device)
+    kernel = _kernel(program_for, x.device, M, layers, K, group_size, dtype, guarded=bool(status))
     # TileLang makes the device of its arguments the current one, and leaves it so.
     with torch.cuda.device(x.device):
         kernel(*arguments, *(y.view(M, -1) for y in outputs))

@@ -145,7 +145,7 @@ def update_commit(
 ) -> None:
     """Apply the stage of one layer, unless it is of no micro-batch or ``refuse`` is set; drop its sums and votes.
 
-    ``status`` stays as it is: until its count is 0 again, the stage has not been taken.
+    ``status`` stays as it is: the caller clears it, for all layers at once.
     """
     in_features = T_accum.shape[1]
     count = status[1]

@@ -160,16 +160,16 @@ def strip_width(tokens: int, width: int, most: int, processors: int, unit: int =
         The width, at most half of all columns, with which all strips together take the fewest waves of tiles, and of
         several the widest; one unit where half of the columns are less.
     """
-    rows = -(-tokens // _CUBLAS_TILE[0])
+    rows = ceil_div(tokens, _CUBLAS_TILE[0])
 
     def waves(columns: int) -> int:
-        return -(-rows * -(-columns // _CUBLAS_TILE[1]) // processors)
+        return ceil_div(rows * ceil_div(columns, _CUBLAS_TILE[1]), processors)
 
     def of_all(step: int) -> int:
         return width // step * waves(step) + waves(width % step)
 
     # Half of the columns, rounded up to units: the last strip may be narrower.
-    half = -(-width // (2 * unit)) * unit
+    half = ceil_div(width, 2 * unit) * unit
     fits = range(unit, max(unit, min(most, half)) + 1, unit)
     return min(reversed(fits), key=of_all)
 
@@ -226,8 +226,8 @@ def tokens_at_once(tokens: int, columns: int, *, sums: bool) -> int:
     """
     if not sums:
         return tokens
-    parts = -(-tokens // max(1, WORKSPACE_BYTES // 2 // (4 * columns)))
-    return -(-tokens // parts)
+    parts = ceil_div(tokens, max(1, WORKSPACE_BYTES // 2 // (4 * columns)))
+    return ceil_div(tokens, parts)
 
 
 @torch.no_grad()

@@ -108,8 +108,8 @@ commit: dict[str, Any] = {
 whole: dict[str, Any] = {"QUARTER": 32, "aligned": ("K", "group_size")}
 fixed: dict[str, Any] = dict.fromkeys(("E_accum", "stage_E"))
 assert spilled_bytes(build(update.commit_kernel, FACTORED=True, **fixed, **whole, **commit)) == 0
-no_vectors = fixed | dict.fromkeys(("row_log2", "col_log2", "stage_row", "stage_col"))
-code = build(update.commit_kernel, FACTORED=True, **no_vectors, **whole, **commit)
+no_statistics: dict[str, Any] = dict.fromkeys(("row_log2", "col_log2", "stage_row", "stage_col"))
+code = build(update.commit_kernel, FACTORED=True, **fixed, **no_statistics, **whole, **commit)
 # Nothing is loaded or stored by single bytes.
 assert ".U8" not in "".join(line for line in code.splitlines() if "LDG" in line or "STG" in line)
 # All is loaded before the first of it is waited for.
@@ -118,7 +118,7 @@ assert before.count("LDG") > 12
 assert "LDG" not in after
 build(update.commit_kernel, FACTORED=True, T_momentum=None, **whole, **commit)
 build(update.commit_kernel, FACTORED=True, QUARTER=0, T_momentum=None, **commit)
-build(update.commit_kernel, FACTORED=False, T_momentum=None, **no_vectors, **whole, **commit)
+build(update.commit_kernel, FACTORED=False, T_momentum=None, **no_statistics, **whole, **commit)
 
 for tile in update_tma.TILES:
     code = build(

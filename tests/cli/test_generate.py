@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,8 @@ def test_the_chat_template_is_used_if_there_is_one_and_wanted(tiny_checkpoint: P
 
 def test_generation_ends_where_the_positions_of_the_model_do(tiny_checkpoint: Path) -> None:
     model, tokenizer = load(tiny_checkpoint, device="cpu")
-    model.config.max_position_embeddings = 8  # type: ignore[union-attr]
+    config: Any = model.config
+    config.max_position_embeddings = 8
     assert generate(model, tokenizer, "hello", max_new_tokens=16).tokens == 3
     with pytest.raises(ConfigError, match="the prompt has 8 tokens, the model 8 positions: shorten it"):
         generate(model, tokenizer, "hello!!!", max_new_tokens=16)

@@ -21,7 +21,7 @@ STEP = 512
 MOST_TOKENS = 16
 
 #: Elements of x in a block's shared memory from which on it pays to split K, and x with it, over more blocks; and in a
-#: cluster of two from which on wgmma is faster. On an H100 (docs/benchmarks.md).
+#: cluster of two from which on wgmma is faster. On an H100 (docs/figures.md).
 _ELEMENTS = 2**15
 
 SOURCE = "".join(

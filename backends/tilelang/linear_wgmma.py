@@ -204,7 +204,7 @@ def wgmma_program(
 
 
 #: Microseconds that a block takes for a step along K, by BLOCK_M, ROW_TILES and WARPGROUPS. Least squares on an H100
-#: (docs/benchmarks.md): over 307 timings of 8 layers, 16 to 4096 tokens, 7 % of each; of int8 over 105 of 5, 5 %.
+#: (docs/figures.md): over 307 timings of 8 layers, 16 to 4096 tokens, 7 % of each; of int8 over 105 of 5, 5 %.
 _STEP: dict[Activation, dict[tuple[int, int, int], float]] = {
     "float": {
         (16, 1, 2): 0.41,

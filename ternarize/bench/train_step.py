@@ -1,8 +1,9 @@
 """One contender of `ternarize bench train`: a model, its compiled training step, the check of it and its time.
 
 A step is zero_grad, forward, the cross-entropy of the next tokens, backward and the optimizer's step, on the same batch
-each time. The forward is one full graph of ``torch.compile`` under bfloat16 autocast; float parameters are float32 and
-belong to fused AdamW. Nothing in it waits for the device.
+each time. The forward is one full graph of ``torch.compile`` under bfloat16 autocast, and it and its backward are CUDA
+graphs, as by ``mode="reduce-overhead"``; float parameters are float32 and belong to fused AdamW. Nothing in it waits
+for the device.
 """
 
 import contextlib
@@ -96,6 +97,8 @@ class Ready:
     """Share of integers that differ there after these steps, in the ternary layer with the most; None for dense."""
     allowed_integer_error: float | None
     graph_breaks: int
+    cuda_graphs: bool
+    """Whether forward and backward were recorded as CUDA graphs."""
     kernels: dict[str, int]
     """How many ternary layers each kernel runs."""
     weights: int
@@ -136,9 +139,10 @@ class Training:
         config: of the model, in place of the task's.
         compiled: run through torch.compile.
         autocast: compute in bfloat16.
+        cuda_graphs: replay what was compiled. What a replay allocates is not seen.
     """
 
-    def __init__(self, task: Task, config: Config, *, compiled: bool, autocast: bool) -> None:
+    def __init__(self, task: Task, config: Config, *, compiled: bool, autocast: bool, cuda_graphs: bool = True) -> None:
         self.model = trainable_model(config, task.ternary, device=task.device)
         if task.checkpointing:
             # Releases of transformers 5 have it under one name or the other.
@@ -150,12 +154,13 @@ class Training:
         generator = torch.Generator(task.device).manual_seed(1)
         shape = (task.batch, task.ctx)
         self._tokens = torch.randint(int(config["vocab_size"]), shape, device=task.device, generator=generator)
-        self._forward = _compile(self._loss, task) if compiled else self._loss
+        self._forward = _compile(self._loss, task, cuda_graphs) if compiled else self._loss
 
     def step(self, laps: Laps | None = None) -> Tensor:
         """One step; its loss, on the device."""
         mark = laps.mark if laps is not None else lambda: None
         self.optimizer.zero_grad()
+        torch.compiler.cudagraph_mark_step_begin()
         mark()
         with torch.autocast(self._device.type, torch.bfloat16) if self._autocast else contextlib.nullcontext():
             loss: Tensor = self._forward(self._tokens)
@@ -167,7 +172,8 @@ class Training:
         else:
             self.optimizer.step(loss=loss)
         mark()
-        return loss.detach()
+        # A copy: the next replay writes where this one did.
+        return loss.detach().clone()
 
     def losses(self, steps: int) -> list[float]:
         """Of some steps; read at the end."""
@@ -205,13 +211,15 @@ class Contender:
         _release(task.device)
         if task.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        model = self._training.model
+        model, found = self._training.model, counters["inductor"]
         return Ready(
             losses=losses,
             loss_error=loss_error,
             integer_error=integer_error,
             allowed_integer_error=allowed,
             graph_breaks=sum(counters["graph_break"].values()),
+            # Recording counts its inputs, even if there is none.
+            cuda_graphs="cudagraph_recorded_non_static_inputs" in found and not found["cudagraph_skips"],
             kernels=explain(model).kernels("training") if task.ternary is not None else {},
             weights=multiplied_weights(task.config),
             bytes_a_weight=bytes_a_weight(model, self._training.optimizer),
@@ -249,8 +257,8 @@ class Contender:
         return f"{skipped} steps refused" if skipped else _not_learning([self._first_loss, self._last_loss.item()])
 
     def peak_bytes(self) -> int:
-        """The most that was allocated on the device in a timed step; 0 on a CPU."""
-        return torch.cuda.max_memory_allocated() if self._task.device.type == "cuda" else 0
+        """The most that was held of the device since the first steps, where CUDA graphs work included; 0 on a CPU."""
+        return torch.cuda.max_memory_reserved() if self._task.device.type == "cuda" else 0
 
     def _go(self, laps: Laps | None = None) -> None:
         for _ in range(STRETCH_STEPS):
@@ -266,11 +274,13 @@ def _optimizer(model: nn.Module, task: Task) -> torch.optim.Optimizer:
     return build_optimizer(model, torch.optim.AdamW, lr=FLOAT_LR, fused=True, ternary=update)
 
 
-def _compile(loss: Any, task: Task) -> Any:
+def _compile(loss: Any, task: Task, cuda_graphs: bool) -> Any:
+    options: dict[str, Any] = {"triton.cudagraphs": cuda_graphs}
     if task.ternary is None:
-        return torch.compile(loss, fullgraph=True, dynamic=False)
+        return torch.compile(loss, fullgraph=True, dynamic=False, options=options)
     # The function, not its name: that is known of installed packages only.
-    return torch.compile(loss, backend=ternary, fullgraph=True, dynamic=False, options={"kernels": task.kernels})
+    options["kernels"] = task.kernels
+    return torch.compile(loss, backend=ternary, fullgraph=True, dynamic=False, options=options)
 
 
 def _kernels_of(task: Task) -> contextlib.AbstractContextManager[None]:
@@ -310,7 +320,7 @@ def _weight_sized_allocations(task: Task) -> dict[str, int]:
     found = find_dense_layers(empty_model(config), include=None, exclude=None, filter_fn=None)
     shapes = {(layer.weight.shape[0], layer.weight.shape[1]) for layer in found if layer.skip is None}
     task = dataclasses.replace(task, ctx=telling_ctx(task.ctx, shapes))
-    training = Training(task, config, compiled=True, autocast=True)
+    training = Training(task, config, compiled=True, autocast=True, cuda_graphs=False)
     # The first compiles, and makes what is kept: workspaces of cuBLAS, state of AdamW.
     training.losses(2)
     trace = allocation_trace(training.step)

@@ -171,6 +171,7 @@ def _facts(result: Result[Ready]) -> Iterator[str]:
         for kernel, layers in ready.kernels.items():
             yield f"{kernel} x {layers}"
         yield f"{ready.graph_breaks} graph breaks"
+        yield "CUDA graphs" if ready.cuda_graphs else "no CUDA graphs (TORCH_LOGS=cudagraphs says why)"
         yield f"loss {ready.losses[0]:.3f} to {ready.losses[-1]:.3f} in {len(ready.losses)} steps"
         yield f"off by {ready.loss_error:.1e}"
         if ready.integer_error is not None and ready.allowed_integer_error is not None:

@@ -22,6 +22,9 @@ from ternarize.train.data import Tokens, validation_windows, windows
 from ternarize.train.model import make_optimizer
 from ternarize.train.settings import TrainSettings
 
+#: Model and tokens, int64 [B, ctx + 1], to their mean loss in nats.
+Loss = Callable[[nn.Module, Tensor], Tensor]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepRecord:
@@ -73,11 +76,18 @@ class Trainer:
         self._skipped_losses = 0
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self._validation = validation_windows(tokens.validation, settings.ctx, settings.batch)
-        self._next_token_loss: Callable[[nn.Module, Tensor], Tensor] = next_token_loss
+        self._training_loss: Loss = next_token_loss
+        self._validation_loss: Loss = next_token_loss
         if compiled:
             # The function, not its name: that is known of installed packages only.
             backend = "inductor" if settings.ternary is None else ternary
-            self._next_token_loss = torch.compile(next_token_loss, backend=backend)
+            # As CUDA graphs: a GPU runs the thousand kernels of a step faster than Python launches them.
+            self._training_loss = torch.compile(next_token_loss, backend=backend, mode="reduce-overhead")
+            self._validation_loss = torch.compile(next_token_loss, backend=backend)
+        # A replay writes over the gradients of the one before, so they are added up here.
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
 
     @property
     def lr(self) -> float:
@@ -104,7 +114,8 @@ class Trainer:
         count = settings.batch * settings.accum
         total = 0.0
         for batch in windows(self.tokens.train, settings.ctx, count, settings.seed, self.step).split(settings.batch):
-            loss = self._loss(batch.chunk(self.replicas.size)[self.replicas.rank])
+            torch.compiler.cudagraph_mark_step_begin()
+            loss = self._loss(self._training_loss, batch.chunk(self.replicas.size)[self.replicas.rank])
             mean = loss.detach().clone()
             self.replicas.average([mean])
             value = mean.item()
@@ -118,7 +129,7 @@ class Trainer:
             self.optimizer.step()
         except NonFiniteError as error:
             raise NonFiniteError(f"step {self.step + 1}: {error}") from None
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=False)
         self.step += 1
         return total
 
@@ -126,7 +137,8 @@ class Trainer:
     def validate(self) -> float:
         """Mean loss over the validation windows, in nats a token."""
         self.model.eval()
-        losses = [self._loss(batch) for batch in self._validation[self.replicas.rank :: self.replicas.size]]
+        batches = self._validation[self.replicas.rank :: self.replicas.size]
+        losses = [self._loss(self._validation_loss, batch) for batch in batches]
         self.model.train()
         # Ranks may have different numbers of batches, or none.
         total = torch.tensor([0.0, len(losses)], dtype=torch.float64, device=self.device)
@@ -157,11 +169,11 @@ class Trainer:
         if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
 
-    def _loss(self, batch: Tensor) -> Tensor:
+    def _loss(self, loss: Loss, batch: Tensor) -> Tensor:
         if self.device.type != "cuda":
-            return self._next_token_loss(self.model, batch.to(self.device))
+            return loss(self.model, batch.to(self.device))
         with torch.autocast("cuda", torch.bfloat16):
-            return self._next_token_loss(self.model, batch.pin_memory().to(self.device, non_blocking=True))
+            return loss(self.model, batch.pin_memory().to(self.device, non_blocking=True))
 
     def _refuse(self, loss: float) -> None:
         if not self._skip_nonfinite:
@@ -169,7 +181,7 @@ class Trainer:
                 f"the loss of step {self.step + 1} is {loss}, the state is that of step {self.step}: lower the "
                 "learning rate, or go on past such steps with --skip-nonfinite (skip_nonfinite=True)"
             )
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=False)
         self._skipped_losses += 1
         self.step += 1
 

@@ -45,6 +45,7 @@ def test_a_training_step_is_right_and_timed_on_the_device(
     )
     ready = contender.prepare()
     assert ready.fault == ""
+    assert ready.cuda_graphs
     assert ready.kernels == ({} if ternary is None else {"triton": 3 * 7})
     # The gradients of the dense layers are what there must be none of.
     assert bool(ready.weight_sized_allocations) == (ternary is None)

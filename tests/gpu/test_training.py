@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from ternarize.config import Accumulator, Rule
 from ternarize.train.checkpoint import load_checkpoint
@@ -112,7 +113,11 @@ def _run(path: Path, settings: TrainSettings, *, stop_after: int | None = None, 
 @pytest.mark.parametrize("rule", ["factored", "ste", "dense"])
 def test_a_compiled_run_resumes_bit_for_bit(rule: str, tmp_path: Path) -> None:
     settings = dataclasses.replace(TrainSettings(ctx=64, batch=8, accum=2, steps=6, warmup=2), rule=rule)  # type: ignore[arg-type]
+    counters.clear()
     _run(tmp_path / "whole", settings)
+    # Its later steps are replays, the first ones of the resumed run are not.
+    assert "cudagraph_recorded_non_static_inputs" in counters["inductor"]
+    assert counters["inductor"]["cudagraph_skips"] == 0
     with pytest.raises(RuntimeError, match="crash"):
         _run(tmp_path / "run", settings, stop_after=4)
     torch._dynamo.reset()

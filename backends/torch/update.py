@@ -223,7 +223,7 @@ def update_apply(
             rule,
         )
         # What was not finite is for the optimizer to read.
-        status[i][1] = 0
+        status[i][1:].zero_()
         rng[i][2:] += ~refused
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ternarize.causal import positions
 from ternarize.errors import ConfigError
-from ternarize.evaluate import positions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -137,7 +137,7 @@ def _start(arguments: argparse.Namespace, folder: RunFolder, source: Source, dev
 
     def model_config(vocabulary: int) -> Any:
         if arguments.model is not None:
-            return read_model_config(arguments.model, ctx=settings.ctx, vocabulary=vocabulary)
+            return read_model_config(arguments.model, vocabulary=vocabulary)
         return builtin_config(hidden=arguments.hidden, layers=arguments.layers, ctx=settings.ctx, vocabulary=vocabulary)
 
     return start(

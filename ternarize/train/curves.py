@@ -9,16 +9,18 @@ from ternarize.errors import ConfigError
 
 
 def read_log(log: Path, last_step: int | None = None) -> list[dict[str, Any]]:
-    """The records of a log.jsonl, up to a step; a line that was cut off is left out."""
+    """The records of a log.jsonl, up to a step; lines that are damaged, as the last one of a crash, are left out."""
     records = []
-    for line in log.read_text(encoding="utf-8").splitlines():
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
-            break
-        if last_step is not None and record["step"] > last_step:
-            break
-        records.append(record)
+            # Fields that are not there, or are something else.
+            numbers = [record[name] or 0.0 for name in ("step", "loss", "validation", "seconds")]
+            usable = all(isinstance(number, int | float) for number in numbers)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue
+        if usable and (last_step is None or record["step"] <= last_step):
+            records.append(record)
     return records
 
 

@@ -11,13 +11,13 @@ from torch import nn
 
 from ternarize.api import freeze, is_ternary
 from ternarize.checkpoint import save_pretrained
-from ternarize.checkpoint.write import new_folder, write_json
+from ternarize.checkpoint.write import new_file, new_folder, write_json
 from ternarize.distributed import Replicas
 from ternarize.errors import CheckpointError, ConfigError
 from ternarize.evaluate import require_transformers, without_progress_bars
 from ternarize.train.checkpoint import load_checkpoint
 from ternarize.train.curves import read_log
-from ternarize.train.data import open_tokens, write_tokens
+from ternarize.train.data import fingerprints, open_tokens, require_unchanged, write_tokens
 from ternarize.train.loop import Trainer
 from ternarize.train.model import bake, build_model
 from ternarize.train.settings import TrainSettings
@@ -118,7 +118,7 @@ def start(
     # Before there is a folder, which would have to be removed before the right call.
     settings.check_processes(replicas.size)
     if resume:
-        _require_same(folder.path / RUN_FILE, description)
+        _require_same(folder.path, description)
     elif first and folder.path.is_dir() and any(folder.path.iterdir()):
         raise CheckpointError(f"{folder.path} exists: continue its run with --resume, or name another folder")
     model = build_model(config, settings, device)
@@ -126,17 +126,28 @@ def start(
         with new_folder(folder.path, force=False) as partial:
             write_tokens(partial, source.texts, source.validation, source.tokenizer and tokenizer)
             open_tokens(partial, tokenizer).check(settings.ctx)
-            write_json(partial / RUN_FILE, description)
+            write_json(partial / RUN_FILE, {**description, "tokens": fingerprints(partial)})
     replicas.any(False, device)
     trainer = Trainer(
         model, settings, open_tokens(folder.path, tokenizer), compiled=compiled, skip_nonfinite=skip_nonfinite
     )
-    if folder.checkpoint.is_file():
-        trainer.load_state_dict(load_checkpoint(folder.checkpoint))
+    if folder.checkpoint.exists():
+        state = load_checkpoint(folder.checkpoint)
+        try:
+            trainer.load_state_dict(state)
+            if not 0 <= trainer.step <= settings.steps:
+                raise ValueError(f"its step is {trainer.step} of {settings.steps}")
+        # Optimizers raise whatever comes to them.
+        except Exception as error:
+            raise CheckpointError(
+                f"{folder.checkpoint} holds no state of this run ({error}): put it back, or start the run again in "
+                "another folder"
+            ) from None
     # Steps after the checkpoint are made, and logged, again.
     if first and folder.log.is_file():
         lines = [json.dumps(record) + "\n" for record in read_log(folder.log, trainer.step)]
-        folder.log.write_text("".join(lines), encoding="utf-8")
+        with new_file(folder.log) as partial:
+            partial.write_text("".join(lines), encoding="utf-8")
     return trainer
 
 
@@ -156,8 +167,11 @@ def export(model: nn.Module, source: Source, destination: Path) -> None:
     save_tokenizer(source.read_tokenizer(), destination)
 
 
-def _require_same(file: Path, description: dict[str, Any]) -> None:
+def _require_same(folder: Path, description: dict[str, Any]) -> None:
     """Refuse to resume a run with anything that would make it another one."""
+    file = folder / RUN_FILE
+    if not file.exists():
+        raise CheckpointError(f"{folder} holds no run to resume, it has no {RUN_FILE}: start one in a new folder")
     try:
         former: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
         changes = [
@@ -166,7 +180,11 @@ def _require_same(file: Path, description: dict[str, Any]) -> None:
             for key, value in values.items()
             if key != "transformers_version" and value != former[section].get(key)
         ]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{file.parent} holds no run to resume ({error}): drop --resume to start one") from None
+        if not changes:
+            require_unchanged(folder, former["tokens"])
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file} is damaged ({error!r}): put it back, or start the run again in another folder"
+        ) from None
     if changes:
-        raise ConfigError(f"{file.parent} is a run of other settings: {', '.join(changes)}; repeat its own arguments")
+        raise ConfigError(f"{folder} is a run of other settings: {', '.join(changes)}; repeat its own arguments")

@@ -1,6 +1,7 @@
 """A run in its folder: made new, continued, and at its end turned into a model that is served."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -69,11 +70,14 @@ class Source:
         return byte_tokenizer() if self.tokenizer is None else read_tokenizer(self.tokenizer)
 
     def as_dict(self) -> dict[str, Any]:
-        """Absolute paths."""
+        """Absolute paths, and what is in the tokenizer, of which the run has no copy."""
         return {
             "text": [str(text.resolve()) for text in self.texts],
             "validation": None if self.validation is None else str(self.validation.resolve()),
             "tokenizer": None if self.tokenizer is None else str(self.tokenizer.resolve()),
+            "tokenizer_sha256": None
+            if self.tokenizer is None
+            else hashlib.sha256(self.tokenizer.read_bytes()).hexdigest(),
         }
 
 
@@ -157,14 +161,24 @@ def export(model: nn.Module, source: Source, destination: Path) -> None:
     Args:
         model: loses its training state: a ternary one is frozen, a straight-through one keeps its rounded weights.
         source: of the run.
-        destination: replaced if it exists.
+        destination: replaced if it exists, by the whole of the new one.
+
+    Raises:
+        CheckpointError: if it cannot be written.
     """
-    if is_ternary(model):
-        save_pretrained(freeze(model), destination, force=True)
-    else:
-        with new_folder(destination, force=True) as partial, without_progress_bars(require_transformers()):
-            bake(model).save_pretrained(partial)  # type: ignore[operator]  # a method that transformers adds
-    save_tokenizer(source.read_tokenizer(), destination)
+    tokenizer = source.read_tokenizer()
+    with new_folder(destination, force=True) as partial, without_progress_bars(require_transformers()):
+        if is_ternary(model):
+            save_pretrained(freeze(model), partial)
+        try:
+            if not is_ternary(model):
+                bake(model).save_pretrained(partial)  # type: ignore[operator]  # a method that transformers adds
+            save_tokenizer(tokenizer, partial)
+        # Of a full disk, the libraries below transformers raise whatever they have.
+        except Exception as error:
+            raise CheckpointError(
+                f"{destination} cannot be written ({error}): free some space and go on with --resume"
+            ) from None
 
 
 def _require_same(folder: Path, description: dict[str, Any]) -> None:

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from ternarize.cli import FAILURE, OK, main
+from ternarize.cli import FAILURE, OK, USAGE, main
 from ternarize.errors import CheckpointError
 from ternarize.train.checkpoint import load_checkpoint, save_checkpoint
 from ternarize.train.curves import read_log
+from ternarize.train.run import Source, export
+from ternarize.train.tokenizer import byte_tokenizer
+from tests.train.kit import VARIANTS, Tiny
 
 SIZES = ["--hidden", "64", "--layers", "1", "--ctx", "16", "--batch", "2", "--steps", "4", "--save-every", "2"]
 
@@ -190,3 +193,38 @@ def test_a_run_on_a_full_disk_goes_on_when_there_is_room(
     assert f"{tmp_path / 'run' / 'checkpoint.pt'} cannot be written" in refused(call, capsys)
     limit(former)
     assert main([*call, "--resume"]) == OK
+
+
+@pytest.mark.parametrize("rule", ["int8", "dense"])
+def test_a_model_that_a_full_disk_has_no_room_for_leaves_the_former_one(
+    rule: str, tiny: Tiny, limit: Callable[[int], None]
+) -> None:
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    destination, source = tiny.path / "model", Source(texts=(tiny.text,))
+    model = tiny.start(VARIANTS[rule]).model
+    export(model, source, destination)
+    before = contents(destination)
+    # The sizes of the weights, the tokenizer and the configuration lie between these.
+    for size in (50, 900, 3000, 20_000, 100_000):
+        limit(size)
+        with pytest.raises((CheckpointError, OSError), match=r"model cannot be written|File too large.*model"):
+            export(model, source, destination)
+        limit(former)
+        assert contents(destination) == before
+        assert {path.name for path in tiny.path.iterdir()} == {"model", "run"}
+
+
+def test_another_tokenizer_of_the_same_name_is_another_run(
+    call: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "tokenizer.json"
+    tokenizer = byte_tokenizer()
+    tokenizer.save(str(file))
+    call += ["--tokenizer", str(file)]
+    assert main(call) == OK
+    assert main([*call, "--resume"]) == OK
+    tokenizer.decoder = None
+    tokenizer.save(str(file))
+    capsys.readouterr()
+    assert main([*call, "--resume"]) == USAGE
+    assert "is a run of other settings: tokenizer_sha256 is" in capsys.readouterr().err

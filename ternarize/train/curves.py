@@ -33,6 +33,7 @@ def draw_curves(runs: Mapping[str, list[dict[str, Any]]], file: Path) -> None:
 
     Raises:
         ConfigError: without matplotlib.
+        OSError: if the file cannot be written.
     """
     try:
         from matplotlib.figure import Figure
@@ -41,10 +42,12 @@ def draw_curves(runs: Mapping[str, list[dict[str, Any]]], file: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for i, (name, records) in enumerate(runs.items()):
+        # matplotlib sets what is between dollars as mathematics, hides what begins with _ and needs Unicode.
+        label = " " + name.replace("$", r"\$").encode(errors="replace").decode()
         trained = [r for r in records if r["loss"] is not None]
         validated = [r for r in records if r["validation"] is not None]
         axes.plot(_column(trained, "step"), _column(trained, "loss"), color=f"C{i}", alpha=0.3, linewidth=0.8)
-        axes.plot(_column(validated, "step"), _column(validated, "validation"), color=f"C{i}", marker=".", label=name)
+        axes.plot(_column(validated, "step"), _column(validated, "validation"), color=f"C{i}", marker=".", label=label)
     axes.set_xlabel("steps")
     axes.set_ylabel("nats a token; points: validation")
     axes.grid(alpha=0.3)

@@ -91,7 +91,7 @@ def test_what_is_no_config_is_refused(content: str, tmp_path: Path) -> None:
 def test_curves_are_a_png(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     records = [{"step": i, "loss": None if i == 3 else 1 / i, "validation": 1.0 if i == 4 else None} for i in (1, 3, 4)]
-    draw_curves({"one": records, "two": records[:1]}, tmp_path / "curves.png")
+    draw_curves({"one": records, "$\\q$": records[:1], "a\udcff": records, "_": records}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

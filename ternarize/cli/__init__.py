@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
 from ternarize.checkpoint.format import tool_version
@@ -65,6 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(cause, (TernarizeError, OSError)):
             raise
         return _fail(output, _message(cause), USAGE if isinstance(cause, ConfigError) else FAILURE)
+    except (MemoryError, RuntimeError) as error:
+        # On the CPU it is a plain RuntimeError.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        return _fail(output, f"out of memory ({error}): do less at a time, as by a smaller batch or window", FAILURE)
     if output.as_json:
         print(json.dumps(result))
     return FAILURE if result.get("ok") is False else OK

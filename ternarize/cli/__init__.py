@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -14,6 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from ternarize.checkpoint.format import tool_version
 from ternarize.cli.output import Interrupted, Output
 from ternarize.errors import ConfigError, TernarizeError, cause_of
+from ternarize.signals import interrupted_by
 
 VERBS = ("convert", "inspect", "train", "eval", "generate", "bench", "prewarm", "smoke", "doctor")
 
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Compilers of kernels log to standard output.
     elsewhere = contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext()
     try:
-        with elsewhere:
+        with elsewhere, interrupted_by(signal.SIGTERM):
             result: dict[str, Any] = importlib.import_module(f"ternarize.cli.{arguments.verb}").run(arguments, output)
     except KeyboardInterrupt as interrupt:
         report = interrupt.report if isinstance(interrupt, Interrupted) else None

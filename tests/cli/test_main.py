@@ -1,6 +1,7 @@
 """What all verbs share: the version, and errors from inside torch.compile."""
 
 import importlib.metadata
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from ternarize.checkpoint import convert
-from ternarize.cli import FAILURE, USAGE, main
+from ternarize.cli import FAILURE, INTERRUPTED, USAGE, main
 from ternarize.config import TernaryConfig
 
 
@@ -94,3 +95,22 @@ def test_errors_of_other_kinds_are_not_hidden(tiny_checkpoint: Path, monkeypatch
     monkeypatch.setattr("ternarize.cli.eval.evaluate.load", fail)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         main(["eval", str(tiny_checkpoint)])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_verb_that_is_ended_leaves_nothing_half_written(
+    number: signal.Signals, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(_: object, folder: Path) -> None:
+        assert any(folder.iterdir())
+        signal.raise_signal(number)
+
+    monkeypatch.setattr("ternarize.checkpoint.safetensors_files.SafetensorsFiles.save_companions", end)
+    # A signal that is not taken would end the tests.
+    former = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert main(["convert", str(tiny_checkpoint), str(tmp_path / "out"), "--group-size", "32"]) == INTERRUPTED
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    assert not any(tmp_path.iterdir())

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import math
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ternarize.causal import positions, require_causal
 from ternarize.checkpoint import from_pretrained
 from ternarize.checkpoint.format import QUANT_METHOD
 from ternarize.checkpoint.source import quant_method, read_config
@@ -70,7 +70,8 @@ def load(
         The model, in eval mode, and its transformers tokenizer.
 
     Raises:
-        CheckpointError: if ``path`` is none of these, is damaged, has no tokenizer, or transformers is missing.
+        CheckpointError: if ``path`` is none of these, is damaged, has no tokenizer or is not causal, or transformers is
+            missing.
     """
     path = Path(path)
     transformers = require_transformers()
@@ -85,7 +86,12 @@ def load(
     with without_progress_bars(transformers):
         model, tokenizer = _load(transformers, path, folder, source, dtype)
     # Only the floating-point parameters change: the integers of ternary layers keep their dtypes.
-    return model.to(device=device or default_device(), dtype=dtype).eval(), tokenizer
+    model = model.to(device=device or default_device(), dtype=dtype).eval()
+    try:
+        require_causal(model)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return model, tokenizer
 
 
 def _load(
@@ -151,13 +157,6 @@ def perplexity(
         raise NonFiniteError(f"the mean log-likelihood is {nll}: the model's weights or its dtype are broken")
     # The float64 exp of torch gives inf where that of math raises.
     return Perplexity(torch.tensor(nll, dtype=torch.float64).exp().item(), nll, scored, window, seconds)
-
-
-def positions(model: nn.Module) -> int:
-    """How many tokens a sequence of a language model may have: what its config says, or any number."""
-    limit: int | None = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    # Some configs say -1 where there is no limit.
-    return limit if limit is not None and limit > 0 else sys.maxsize
 
 
 @contextmanager

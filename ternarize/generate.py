@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ternarize.causal import positions
 from ternarize.errors import ConfigError
-from ternarize.evaluate import positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +51,15 @@ def generate(
         chat: put the prompt through the tokenizer's chat template, if it has one.
 
     Raises:
-        ConfigError: for an empty prompt or one that fills the model's positions, a temperature that is negative or not
-            finite, fewer than one new token, or a seed of more bits.
+        ConfigError: for a prompt that is empty, is no UTF-8 text or fills the model's positions, a temperature that is
+            negative or not finite, fewer than one new token, or a seed of more bits.
     """
     if not prompt:
         raise ConfigError("the prompt is empty: give at least one character")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the prompt is not UTF-8 text ({error.reason} at {error.start}): convert it") from None
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ConfigError(f"temperature is {temperature}: use 0 for greedy, or a positive number")
     if max_new_tokens < 1:

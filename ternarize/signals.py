@@ -29,3 +29,20 @@ def stop_signal(*numbers: signal.Signals) -> Iterator[threading.Event]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def interrupted_by(number: signal.Signals) -> Iterator[None]:
+    """A signal acts as Ctrl-C does: what is half written is removed on the way out. Only in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    former = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(number, former)

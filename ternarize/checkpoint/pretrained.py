@@ -95,7 +95,11 @@ def from_pretrained(
     if generation_config.is_file():
         from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+        # transformers raises whatever comes to it.
+        except Exception as error:
+            raise CheckpointError(f"{generation_config} cannot be read ({error}): fetch or convert it again") from None
     return model.to(device).eval()
 
 

@@ -64,29 +64,55 @@ def new_folder(destination: Path, *, force: bool) -> Iterator[Path]:
     before it. A folder that is replaced is moved aside first and removed last.
     """
     check_destination(destination, force=force)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    target = destination.resolve()
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    replaced = target.with_name(f".{target.name}.replaced-{os.getpid()}")
-    partial.mkdir()
-    try:
-        yield partial
-        for file in partial.iterdir():
-            sync(file)
-        sync(partial)
-        if target.exists():
-            target.rename(replaced)
+    with named(destination):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        target = destination.resolve()
+        partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+        replaced = target.with_name(f".{target.name}.replaced-{os.getpid()}")
+        partial.mkdir()
         try:
-            partial.rename(target)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(target)
+            yield partial
+            for file in partial.iterdir():
+                sync(file)
+            sync(partial)
+            if target.exists():
+                target.rename(replaced)
+            try:
+                partial.rename(target)
+            except OSError:
+                if replaced.exists():
+                    replaced.rename(target)
+                raise
+            sync(target.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
             raise
-        sync(target.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(destination: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of ``destination`` in one rename when all of it is on disk."""
+    partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
+    with named(destination):
+        try:
+            yield partial
+            sync(partial)
+            partial.replace(destination)
+        finally:
+            partial.unlink(missing_ok=True)
+        sync(destination.parent)
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Put a name into errors of the system that have none: writing to a full disk names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

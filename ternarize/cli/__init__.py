@@ -4,15 +4,18 @@ import argparse
 import contextlib
 import importlib
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
 from ternarize.checkpoint.format import tool_version
 from ternarize.cli.output import Interrupted, Output
 from ternarize.errors import ConfigError, TernarizeError, cause_of
+from ternarize.signals import interrupted_by
 
 VERBS = ("convert", "inspect", "train", "eval", "generate", "bench", "prewarm", "smoke", "doctor")
 
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Compilers of kernels log to standard output.
     elsewhere = contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext()
     try:
-        with elsewhere:
+        with elsewhere, interrupted_by(signal.SIGTERM):
             result: dict[str, Any] = importlib.import_module(f"ternarize.cli.{arguments.verb}").run(arguments, output)
     except KeyboardInterrupt as interrupt:
         report = interrupt.report if isinstance(interrupt, Interrupted) else None
@@ -65,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(cause, (TernarizeError, OSError)):
             raise
         return _fail(output, _message(cause), USAGE if isinstance(cause, ConfigError) else FAILURE)
+    except (MemoryError, RuntimeError) as error:
+        # On the CPU it is a plain RuntimeError.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        return _fail(output, f"out of memory ({error}): do less at a time, as by a smaller batch or window", FAILURE)
     if output.as_json:
         print(json.dumps(result))
     return FAILURE if result.get("ok") is False else OK

@@ -164,7 +164,7 @@ def _linear(arguments: argparse.Namespace, output: Output, device: torch.device,
             # Of an interrupted shape, what there is.
             output.console.print(_table(N, K, measured, ceilings))
             for line in _reasons(measured):
-                output.console.print(line, markup=False, highlight=False, soft_wrap=True)
+                output.console.print(line, highlight=False, soft_wrap=True)
             results += [result for cell in measured for result in cell]
             report["cells"] += [_row(result, cell, ceilings) for cell in measured for result in cell]
     if arguments.plot is not None:

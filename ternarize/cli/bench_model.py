@@ -89,7 +89,7 @@ def measure(arguments: argparse.Namespace, output: Output, device: torch.device,
             progress.advance(task)
         output.console.print(_table(plan, batch, results))
         for line in _lines(results):
-            output.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            output.console.print(line, highlight=False, soft_wrap=True)
         report["cells"] += [_row(result, results) for result in results]
         end_if_interrupted(results, output)
 

@@ -81,7 +81,7 @@ def measure(arguments: argparse.Namespace, output: Output, device: torch.device,
     output.console.print(_table(plan, results))
     for result in results:
         line = f"{result.contender}: {', '.join(_facts(result))}"
-        output.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        output.console.print(line, highlight=False, soft_wrap=True)
     report["cells"] += [_row(result, results) for result in results]
     end_if_interrupted(results, output)
 

@@ -153,7 +153,7 @@ def _perplexities(report: ConversionReport, text: str | None, output: Output) ->
         except CheckpointError as error:
             reason = str(error)
     if reason is not None:
-        output.console.print(f"perplexity was not measured: {reason}", markup=False, highlight=False, soft_wrap=True)
+        output.console.print(f"perplexity was not measured: {reason}", highlight=False, soft_wrap=True)
         return {"not_measured": reason}
     table = Table("", "perplexity", "tokens", title=None if text is None else "perplexity on the given text")
     table.add_row("source", f"{measured['source']:.4g}", f"{measured['tokens']:,}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from ternarize import ops
@@ -161,21 +162,21 @@ def _tensors(result: Any) -> list[Tensor]:
 def _print(report: dict[str, Any], output: Output) -> None:
     facts = Table("what", "found", title="ternarize doctor")
     for name, version in report["versions"].items():
-        facts.add_row(name, version or "[dim]not found[/dim]")
+        facts.add_row(name, version or Text("not found", "dim"))
     facts.add_row("device", ", ".join(str(value) for value in report["device"].values()))
     for tool, path in report["tools"].items():
-        facts.add_row(tool, path or "[dim]not found[/dim]")
+        facts.add_row(tool, path or Text("not found", "dim"))
     for name, cache in report["caches"].items():
-        note = "" if cache["writable"] else ", [red]not writable[/red]"
-        facts.add_row(f"{name} cache", f"{cache['path']} ({cache['free_bytes'] / 2**30:.1f} GiB free{note})")
+        free = f"{cache['path']} ({cache['free_bytes'] / 2**30:.1f} GiB free"
+        note = ("", "") if cache["writable"] else (", not writable", "red")
+        facts.add_row(f"{name} cache", Text.assemble(free, note, ")"))
     output.console.print(facts)
     kernels = Table("what", "result", "why", title=f"kernels (TERNARIZE_BACKEND={report['policy']})")
     for phase, choice in report["choices"].items():
-        kernels.add_row(f"{phase} graphs run", choice["backend"] or "[red]nothing[/red]", choice["reason"])
+        kernels.add_row(f"{phase} graphs run", choice["backend"] or Text("nothing", "red"), choice["reason"])
     colours = {"PASS": "green", "FAIL": "red", "unavailable": "dim"}
     for backend, check in report["backends"].items():
-        colour = colours[check["status"]]
-        kernels.add_row(backend, f"[{colour}]{check['status']}[/{colour}]", check["reason"])
+        kernels.add_row(backend, Text(check["status"], colours[check["status"]]), check["reason"])
     output.console.print(kernels)
     if report["missing"] is not None:
-        output.console.print(report["missing"], markup=False, highlight=False, soft_wrap=True)
+        output.console.print(report["missing"], highlight=False, soft_wrap=True)

@@ -44,6 +44,6 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
         seed=arguments.seed,
         chat=arguments.chat,
     )
-    output.console.print(result.text, markup=False, highlight=False)
-    output.console.print(f"[dim]{result.tokens} tokens, {result.tokens_per_second:.1f} tokens/s[/dim]")
+    output.console.print(result.text, highlight=False)
+    output.console.print(f"{result.tokens} tokens, {result.tokens_per_second:.1f} tokens/s", style="dim")
     return {"model": str(arguments.model), "prompt": arguments.prompt, **dataclasses.asdict(result)}

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -16,6 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
 
 
 class Interrupted(KeyboardInterrupt):
@@ -40,7 +40,8 @@ class Output:
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
-        self.console = Console(quiet=as_json)
+        # Names of files and tensors may look like markup.
+        self.console = Console(quiet=as_json, markup=False)
         self._errors = Console(stderr=True)
         self._progress_off = quiet or as_json or not self._errors.is_terminal
 
@@ -62,9 +63,9 @@ class Output:
             yield progress
 
     def _progress(self, *counts: ProgressColumn) -> Progress:
-        columns = (TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn())
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), *counts, TimeRemainingColumn())
         return Progress(*columns, console=self._errors, disable=self._progress_off, transient=True)
 
     def warn(self, message: str) -> None:
         """One line on standard error, also with --json."""
-        self._errors.print(f"[yellow]warning:[/yellow] {escape(message)}", highlight=False, soft_wrap=True)
+        self._errors.print(Text.assemble(("warning:", "yellow"), f" {message}"), highlight=False, soft_wrap=True)

@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
             if not arguments.compare or not isinstance(cause, KernelError):
                 raise
             refused[name] = str(cause)
-            output.console.print(str(cause), markup=False, highlight=False, soft_wrap=True)
+            output.console.print(str(cause), highlight=False, soft_wrap=True)
     output.console.print(_table(measured))
     integers_only = floats.in_ternary_parameters == floats.in_ternary_buffers == 0
     finite = all(measurement.finite for measurement in measured.values())
@@ -108,7 +108,7 @@ def _cells(measured: Measurement) -> dict[str, str]:
         cells |= _seconds("backward and update", measured.backward_update)
     if measured.cuda_peak_bytes is not None:
         cells["CUDA peak"] = f"{measured.cuda_peak_bytes / 2**20:,.0f} MiB"
-    return cells | {"loss": f"{measured.loss:.4f}, {'finite' if measured.finite else '[red]NOT FINITE[/red]'}"}
+    return cells | {"loss": f"{measured.loss:.4f}, {'finite' if measured.finite else 'NOT FINITE'}"}
 
 
 def _seconds(what: str, timing: Timing) -> dict[str, str]:

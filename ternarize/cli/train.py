@@ -137,7 +137,7 @@ def _start(arguments: argparse.Namespace, folder: RunFolder, source: Source, dev
 
     def model_config(vocabulary: int) -> Any:
         if arguments.model is not None:
-            return read_model_config(arguments.model, ctx=settings.ctx, vocabulary=vocabulary)
+            return read_model_config(arguments.model, vocabulary=vocabulary)
         return builtin_config(hidden=arguments.hidden, layers=arguments.layers, ctx=settings.ctx, vocabulary=vocabulary)
 
     return start(
@@ -205,6 +205,9 @@ def _draw(records: list[dict[str, Any]], folder: RunFolder, output: Output) -> N
         draw_curves({folder.path.name: records}, folder.curves)
     except ConfigError as error:
         output.warn(str(error))
+    # The model is worth more than its picture.
+    except OSError as error:
+        output.warn(f"{folder.curves} was not drawn ({error.strerror}): make room and repeat the call with --resume")
 
 
 def _result(trainer: Trainer, folder: RunFolder, records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -9,16 +9,18 @@ from ternarize.errors import ConfigError
 
 
 def read_log(log: Path, last_step: int | None = None) -> list[dict[str, Any]]:
-    """The records of a log.jsonl, up to a step; a line that was cut off is left out."""
+    """The records of a log.jsonl, up to a step; lines that are damaged, as the last one of a crash, are left out."""
     records = []
-    for line in log.read_text(encoding="utf-8").splitlines():
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
-            break
-        if last_step is not None and record["step"] > last_step:
-            break
-        records.append(record)
+            # Fields that are not there, or are something else.
+            numbers = [record[name] or 0.0 for name in ("step", "loss", "validation", "seconds")]
+            usable = all(isinstance(number, int | float) for number in numbers)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue
+        if usable and (last_step is None or record["step"] <= last_step):
+            records.append(record)
     return records
 
 
@@ -31,6 +33,7 @@ def draw_curves(runs: Mapping[str, list[dict[str, Any]]], file: Path) -> None:
 
     Raises:
         ConfigError: without matplotlib.
+        OSError: if the file cannot be written.
     """
     try:
         from matplotlib.figure import Figure
@@ -39,10 +42,12 @@ def draw_curves(runs: Mapping[str, list[dict[str, Any]]], file: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for i, (name, records) in enumerate(runs.items()):
+        # matplotlib sets what is between dollars as mathematics, hides what begins with _ and needs Unicode.
+        label = " " + name.replace("$", r"\$").encode(errors="replace").decode()
         trained = [r for r in records if r["loss"] is not None]
         validated = [r for r in records if r["validation"] is not None]
         axes.plot(_column(trained, "step"), _column(trained, "loss"), color=f"C{i}", alpha=0.3, linewidth=0.8)
-        axes.plot(_column(validated, "step"), _column(validated, "validation"), color=f"C{i}", marker=".", label=name)
+        axes.plot(_column(validated, "step"), _column(validated, "validation"), color=f"C{i}", marker=".", label=label)
     axes.set_xlabel("steps")
     axes.set_ylabel("nats a token; points: validation")
     axes.grid(alpha=0.3)

@@ -1,8 +1,9 @@
 """Tokens on disk, read through a memory map, and which of them a step sees."""
 
 import dataclasses
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ternarize.errors import ConfigError
+from ternarize.errors import CheckpointError, ConfigError
 from ternarize.train.tokenizer import vocabulary_size
 
 TRAIN_FILE, VALIDATION_FILE = "train.bin", "validation.bin"
@@ -69,6 +70,38 @@ def open_tokens(folder: Path, tokenizer: Any) -> Tokens:
     """Map what `write_tokens` wrote with the same tokenizer."""
     dtype = token_dtype(tokenizer)
     return Tokens(_map(folder / TRAIN_FILE, dtype), _map(folder / VALIDATION_FILE, dtype))
+
+
+def fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
+    """Length and SHA-256 of the files that `write_tokens` wrote, by their names."""
+    found = {}
+    for name in (TRAIN_FILE, VALIDATION_FILE):
+        with (folder / name).open("rb") as file:
+            found[name] = {
+                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+                "bytes": file.tell(),
+            }
+    return found
+
+
+def require_unchanged(folder: Path, expected: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse tokens that are not those of before: a run that goes on with others is another one.
+
+    Args:
+        folder: with the files.
+        expected: their `fingerprints` when they were written.
+
+    Raises:
+        CheckpointError: if one is missing, shorter, longer or otherwise changed.
+    """
+    for name, found in fingerprints(folder).items():
+        if found == expected[name]:
+            continue
+        key = "bytes" if found["bytes"] != expected[name]["bytes"] else "sha256"
+        raise CheckpointError(
+            f"{folder / name} was changed since its run began, its {key} are {found[key]}, were {expected[name][key]}: "
+            "put the file back, or start the run again in another folder"
+        )
 
 
 def token_dtype(tokenizer: Any) -> np.dtype[Any]:

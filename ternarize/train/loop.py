@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ternarize.backends import ternary
+from ternarize.checkpoint.write import named
 from ternarize.distributed import Replicas
 from ternarize.errors import NonFiniteError
 from ternarize.signals import stop_signal
@@ -229,6 +230,7 @@ def train(
     saved = trainer.step
     with (
         stop_signal(signal.SIGINT, signal.SIGTERM) as stop,
+        named(log),
         log.open("a", encoding="utf-8") if first else contextlib.nullcontext() as lines,
     ):
         while trainer.step < settings.steps and not replicas.any(stop.is_set(), trainer.device):

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from ternarize.api import ternarize
 from ternarize.candidates import find_dense_layers
+from ternarize.causal import positions, require_causal
 from ternarize.checkpoint.source import CONFIG_FILE
 from ternarize.errors import CheckpointError, ConfigError
 from ternarize.optim import build_optimizer
@@ -76,12 +77,11 @@ def builtin_config(*, hidden: int, layers: int, ctx: int, vocabulary: int) -> An
     )
 
 
-def read_model_config(path: Path, *, ctx: int, vocabulary: int) -> Any:
+def read_model_config(path: Path, *, vocabulary: int) -> Any:
     """The config of a causal language model of transformers, to be trained from scratch.
 
     Args:
         path: a config.json, or a folder with one; weights beside it are not read.
-        ctx: tokens a window.
         vocabulary: number of tokens of the tokenizer.
 
     Raises:
@@ -102,11 +102,9 @@ def read_model_config(path: Path, *, ctx: int, vocabulary: int) -> Any:
     # Configs of a hundred architectures raise whatever comes to them.
     except Exception as error:
         raise CheckpointError(f"{file} is no config of a transformers model ({error}): give a config.json") from None
-    if config.vocab_size < vocabulary:
-        raise ConfigError(f"{file} has vocab_size {config.vocab_size}, the tokenizer {vocabulary}: raise it")
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and longest < ctx:
-        raise ConfigError(f"{file} has max_position_embeddings {longest}, ctx is {ctx}: raise it, or lower ctx")
+    known = getattr(config.get_text_config(decoder=True), "vocab_size", 0)
+    if known < vocabulary:
+        raise ConfigError(f"{file} has vocab_size {known}, the tokenizer {vocabulary}: raise it")
     return config
 
 
@@ -114,7 +112,8 @@ def build_model(config: Any, settings: TrainSettings, device: torch.device) -> n
     """The model in its first state, which under every rule comes from the same float32 weights.
 
     Raises:
-        CheckpointError: if transformers cannot build it.
+        CheckpointError: if transformers cannot build it, or it is not causal.
+        ConfigError: if it has fewer positions than a window.
         ConversionError: if nothing in it can be made ternary.
     """
     from transformers import AutoModelForCausalLM
@@ -125,6 +124,13 @@ def build_model(config: Any, settings: TrainSettings, device: torch.device) -> n
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:
         raise CheckpointError(f"transformers cannot build a {config.model_type!r} ({error}): mend the config") from None
+    longest = positions(model)
+    if longest < settings.ctx:
+        raise ConfigError(
+            f"{type(model).__name__} has {longest} positions, ctx is {settings.ctx}: raise max_position_embeddings in "
+            "its config, or lower ctx"
+        )
+    require_causal(model.eval())
     if settings.ternary is not None:
         ternarize(model, settings.ternary)
     elif settings.rule == "ste":

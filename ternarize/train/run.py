@@ -1,6 +1,7 @@
 """A run in its folder: made new, continued, and at its end turned into a model that is served."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,13 @@ from torch import nn
 
 from ternarize.api import freeze, is_ternary
 from ternarize.checkpoint import save_pretrained
-from ternarize.checkpoint.write import new_folder, write_json
+from ternarize.checkpoint.write import new_file, new_folder, write_json
 from ternarize.distributed import Replicas
 from ternarize.errors import CheckpointError, ConfigError
 from ternarize.evaluate import require_transformers, without_progress_bars
 from ternarize.train.checkpoint import load_checkpoint
 from ternarize.train.curves import read_log
-from ternarize.train.data import open_tokens, write_tokens
+from ternarize.train.data import fingerprints, open_tokens, require_unchanged, write_tokens
 from ternarize.train.loop import Trainer
 from ternarize.train.model import bake, build_model
 from ternarize.train.settings import TrainSettings
@@ -69,11 +70,14 @@ class Source:
         return byte_tokenizer() if self.tokenizer is None else read_tokenizer(self.tokenizer)
 
     def as_dict(self) -> dict[str, Any]:
-        """Absolute paths."""
+        """Absolute paths, and what is in the tokenizer, of which the run has no copy."""
         return {
             "text": [str(text.resolve()) for text in self.texts],
             "validation": None if self.validation is None else str(self.validation.resolve()),
             "tokenizer": None if self.tokenizer is None else str(self.tokenizer.resolve()),
+            "tokenizer_sha256": None
+            if self.tokenizer is None
+            else hashlib.sha256(self.tokenizer.read_bytes()).hexdigest(),
         }
 
 
@@ -118,7 +122,7 @@ def start(
     # Before there is a folder, which would have to be removed before the right call.
     settings.check_processes(replicas.size)
     if resume:
-        _require_same(folder.path / RUN_FILE, description)
+        _require_same(folder.path, description)
     elif first and folder.path.is_dir() and any(folder.path.iterdir()):
         raise CheckpointError(f"{folder.path} exists: continue its run with --resume, or name another folder")
     model = build_model(config, settings, device)
@@ -126,17 +130,28 @@ def start(
         with new_folder(folder.path, force=False) as partial:
             write_tokens(partial, source.texts, source.validation, source.tokenizer and tokenizer)
             open_tokens(partial, tokenizer).check(settings.ctx)
-            write_json(partial / RUN_FILE, description)
+            write_json(partial / RUN_FILE, {**description, "tokens": fingerprints(partial)})
     replicas.any(False, device)
     trainer = Trainer(
         model, settings, open_tokens(folder.path, tokenizer), compiled=compiled, skip_nonfinite=skip_nonfinite
     )
-    if folder.checkpoint.is_file():
-        trainer.load_state_dict(load_checkpoint(folder.checkpoint))
+    if folder.checkpoint.exists():
+        state = load_checkpoint(folder.checkpoint)
+        try:
+            trainer.load_state_dict(state)
+            if not 0 <= trainer.step <= settings.steps:
+                raise ValueError(f"its step is {trainer.step} of {settings.steps}")
+        # Optimizers raise whatever comes to them.
+        except Exception as error:
+            raise CheckpointError(
+                f"{folder.checkpoint} holds no state of this run ({error}): put it back, or start the run again in "
+                "another folder"
+            ) from None
     # Steps after the checkpoint are made, and logged, again.
     if first and folder.log.is_file():
         lines = [json.dumps(record) + "\n" for record in read_log(folder.log, trainer.step)]
-        folder.log.write_text("".join(lines), encoding="utf-8")
+        with new_file(folder.log) as partial:
+            partial.write_text("".join(lines), encoding="utf-8")
     return trainer
 
 
@@ -146,18 +161,31 @@ def export(model: nn.Module, source: Source, destination: Path) -> None:
     Args:
         model: loses its training state: a ternary one is frozen, a straight-through one keeps its rounded weights.
         source: of the run.
-        destination: replaced if it exists.
+        destination: replaced if it exists, by the whole of the new one.
+
+    Raises:
+        CheckpointError: if it cannot be written.
     """
-    if is_ternary(model):
-        save_pretrained(freeze(model), destination, force=True)
-    else:
-        with new_folder(destination, force=True) as partial, without_progress_bars(require_transformers()):
-            bake(model).save_pretrained(partial)  # type: ignore[operator]  # a method that transformers adds
-    save_tokenizer(source.read_tokenizer(), destination)
+    tokenizer = source.read_tokenizer()
+    with new_folder(destination, force=True) as partial, without_progress_bars(require_transformers()):
+        if is_ternary(model):
+            save_pretrained(freeze(model), partial)
+        try:
+            if not is_ternary(model):
+                bake(model).save_pretrained(partial)  # type: ignore[operator]  # a method that transformers adds
+            save_tokenizer(tokenizer, partial)
+        # Of a full disk, the libraries below transformers raise whatever they have.
+        except Exception as error:
+            raise CheckpointError(
+                f"{destination} cannot be written ({error}): free some space and go on with --resume"
+            ) from None
 
 
-def _require_same(file: Path, description: dict[str, Any]) -> None:
+def _require_same(folder: Path, description: dict[str, Any]) -> None:
     """Refuse to resume a run with anything that would make it another one."""
+    file = folder / RUN_FILE
+    if not file.exists():
+        raise CheckpointError(f"{folder} holds no run to resume, it has no {RUN_FILE}: start one in a new folder")
     try:
         former: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
         changes = [
@@ -166,7 +194,11 @@ def _require_same(file: Path, description: dict[str, Any]) -> None:
             for key, value in values.items()
             if key != "transformers_version" and value != former[section].get(key)
         ]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{file.parent} holds no run to resume ({error}): drop --resume to start one") from None
+        if not changes:
+            require_unchanged(folder, former["tokens"])
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file} is damaged ({error!r}): put it back, or start the run again in another folder"
+        ) from None
     if changes:
-        raise ConfigError(f"{file.parent} is a run of other settings: {', '.join(changes)}; repeat its own arguments")
+        raise ConfigError(f"{folder} is a run of other settings: {', '.join(changes)}; repeat its own arguments")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from ternarize import TernaryConfig, from_pretrained, load_into, save_pretrained, ternarize
-from ternarize.checkpoint import open_checkpoint
+from ternarize.checkpoint import convert, open_checkpoint
 from ternarize.errors import CheckpointError, ConfigError, ConversionError
 from ternarize.layer import TRAINING_STATE, TernaryLinear, ternary_layers
 
@@ -178,3 +178,11 @@ def test_from_pretrained_of_a_plain_module_points_to_load_into(tmp_path: Path) -
     save_pretrained(ternarize(mlp()), tmp_path / "out")
     with pytest.raises(CheckpointError, match="load_into"):
         from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[" * 10**5])
+def test_a_damaged_generation_config_is_named(content: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    convert(tiny_checkpoint, tmp_path / "packed")
+    (tmp_path / "packed" / "generation_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json cannot be read"):
+        from_pretrained(tmp_path / "packed")

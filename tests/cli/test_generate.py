@@ -62,6 +62,7 @@ def test_the_verb_prints_the_text_and_the_speed(tiny_checkpoint: Path, capsys: p
     ("arguments", "message"),
     [
         (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "x\udcff"], "the prompt is not UTF-8 text (surrogates not allowed at 1): convert it"),
         (["--prompt", "x", "--temperature", "-1"], "temperature is -1.0"),
         (["--prompt", "x", "--temperature", "nan"], "temperature is nan"),
         (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens is 0"),

@@ -1,14 +1,15 @@
 """What all verbs share: the version, and errors from inside torch.compile."""
 
 import importlib.metadata
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from ternarize.checkpoint import convert
-from ternarize.cli import FAILURE, USAGE, main
+from ternarize.cli import FAILURE, INTERRUPTED, USAGE, main
 from ternarize.config import TernaryConfig
 
 
@@ -63,3 +64,53 @@ def test_errors_inside_torch_compile_are_one_line(
     error = capsys.readouterr().err
     assert error.startswith(f"ternarize: error: {message}")
     assert error.count("\n") == 1
+
+
+def cpu_memory() -> None:
+    torch.empty(2**50, dtype=torch.uint8)
+
+
+def gpu_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 1 TiB")
+
+
+@pytest.mark.parametrize("allocate", [cpu_memory, gpu_memory])
+def test_too_little_memory_is_one_line(
+    allocate: Callable[[], None],
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("ternarize.cli.eval.evaluate.load", lambda _: allocate())
+    assert main(["eval", str(tiny_checkpoint)]) == FAILURE
+    error = capsys.readouterr().err
+    assert error.startswith("ternarize: error: out of memory (")
+    assert error.count("\n") == 1
+
+
+def test_errors_of_other_kinds_are_not_hidden(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Path) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr("ternarize.cli.eval.evaluate.load", fail)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        main(["eval", str(tiny_checkpoint)])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_verb_that_is_ended_leaves_nothing_half_written(
+    number: signal.Signals, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(_: object, folder: Path) -> None:
+        assert any(folder.iterdir())
+        signal.raise_signal(number)
+
+    monkeypatch.setattr("ternarize.checkpoint.safetensors_files.SafetensorsFiles.save_companions", end)
+    # A signal that is not taken would end the tests.
+    former = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert main(["convert", str(tiny_checkpoint), str(tmp_path / "out"), "--group-size", "32"]) == INTERRUPTED
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    assert not any(tmp_path.iterdir())

@@ -18,7 +18,8 @@
 // of two groups of 64 is two words of a lane, one of each group, and b tells the groups apart.
 //
 // Activations in int8 take mma.m16n8k32, which has four trits a register: 64 T, the code in the top two bits of a byte.
-// Their scale, one a token, goes onto the finished sum.
+// Their scale, one a token, goes onto the finished sum. So do floats of one or two tokens, as three digits in base 256
+// (linear_decode_x.cuh): the mma has eight columns anyway, and to make operands of trits is most of the work.
 //
 // Work. A thread block cluster owns consecutive row blocks. K is split over its blocks, and within a block over its
 // K_WARPS, each of which keeps its accumulators until its part of K is summed and leaves them in the shared memory of
@@ -74,8 +75,9 @@ struct GroupValues {
   static __device__ __forceinline__ void copy_async(uint8_t* to, int row_in_block, int row, int step, int lane_word,
                                                     const void* values, int N) {
     const int from = (offset(row, step) & ~3) + 4 * lane_word;
-    copy_4_async(to + (row_in_block * WORDS + lane_word) * 4, static_cast<const uint8_t*>(values) + from,
-                 min(max(N * G * BYTES - from, 0), 4));
+    // Rows that are whole steps have no words past their end.
+    const int bytes = ALIGNED && G * BYTES % (4 * WORDS) == 0 ? 4 : min(max(N * G * BYTES - from, 0), 4);
+    copy_4_async(to + (row_in_block * WORDS + lane_word) * 4, static_cast<const uint8_t*>(values) + from, bytes);
   }
   static __device__ __forceinline__ int read(const uint8_t* ring, int row_in_block, int row, int step, int group) {
     // Past the last group of a row there are zeros in the ring, or the next row: x is zero there.
@@ -94,13 +96,14 @@ struct GroupValues {
 //
 // Y: __nv_bfloat16 or __half. X: the same, or int8_t. TOKENS: 1, 2, 4, 8 or 16. TILES: mma tiles of 16 rows in a row
 // block. STAGES, WARPS, K_WARPS, CLUSTER: above. CLUSTERS: how many clusters there are. GROUP: 64, a multiple of 128, or
-// K. PLANES, MANTISSA_BYTES: trit planes and bytes of an E_mantissa, for int8 1 and 0.
+// K. PLANES, MANTISSA_BYTES: trit planes and bytes of an E_mantissa, for int8 and digits 1 and 0. AS_DIGITS: whether
+// floats are multiplied as digits.
 template <typename X, typename Y, int TOKENS, int TILES, int STAGES, int WARPS, int K_WARPS, int CLUSTER, int CLUSTERS,
-          int K, int GROUP, int PLANES, int MANTISSA_BYTES, bool GUARDED, typename... Layers>
+          int K, int GROUP, int PLANES, int MANTISSA_BYTES, bool AS_DIGITS, bool GUARDED, typename... Layers>
 __device__ __forceinline__ void linear_decode(const void* x, const void* scale, void* shared, int M, Layers... layers) {
   constexpr int ROWS = 16 * TILES;
-  using Inputs = Activations<X, TOKENS, K, GROUP>;
-  constexpr int COLUMN_TILES = (TOKENS + 7) / 8;
+  using Inputs = Activations<X, AS_DIGITS, TOKENS, K, GROUP>;
+  constexpr int COLUMN_TILES = Inputs::COLUMN_TILES;
   constexpr int ROW_BYTES = K / 4;
   constexpr int STEPS = (ROW_BYTES + LINE_BYTES - 1) / LINE_BYTES;
   constexpr int ROW_WARPS = WARPS / K_WARPS;
@@ -112,9 +115,11 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
   constexpr int E_AT = PLANES * ROWS * LINE_BYTES;
   constexpr int MANTISSA_AT = E_AT + ROWS * Exponents::WORDS * 4;
   constexpr int STAGE_BYTES = MANTISSA_AT + (MANTISSA_BYTES ? ROWS * Mantissas::WORDS * 4 : 0);
-  constexpr bool INT8 = std::is_same_v<X, int8_t>;
+  // Of the operands of mma.
+  constexpr bool INT8 = AS_DIGITS || std::is_same_v<X, int8_t>;
   using Accumulator = std::conditional_t<INT8, int, float>;
-  static_assert(STEPS >= PARTS && K % 64 == 0 && (!INT8 || (PLANES == 1 && MANTISSA_BYTES == 0 && K < 1 << 17)));
+  static_assert(STEPS >= PARTS && K % 64 == 0 && (!INT8 || (PLANES == 1 && MANTISSA_BYTES == 0)));
+  static_assert(!std::is_same_v<X, int8_t> || (K < 1 << 17 && !AS_DIGITS));
 
   const Layer all[] = {layers...};
   int row_blocks = 0;
@@ -142,8 +147,8 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
   let_next_kernel_start();
   if (CLUSTER > 1) cluster_started();
 
-  // The layer of a row block of this cluster, and its first row. The last row block of a layer ends with its last row:
-  // it may compute rows of the one before it a second time.
+  // The layer of a row block of this cluster, and which of its rows would be the first if there were as many as its
+  // row blocks have. The last one ends with the last row: it may compute rows of the one before it a second time.
   auto locate = [&](int block, Layer& layer) {
     int n0 = 0, first = 0;
 #pragma unroll
@@ -154,11 +159,13 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
       }
       first += (each.N + ROWS - 1) / ROWS;
     }
-    return max(min(n0, layer.N - ROWS), 0);
+    return n0;
   };
+  auto first_row = [&](const Layer& layer, int n0) { return max(min(n0, layer.N - ROWS), 0); };
   auto row_of = [&](const Layer& layer, int n0, int row) { return n0 + (is_short ? min(row, layer.N - 1) : row); };
 
   // The ring of this warp, and what it copies next: a row block, counted within the cluster, and a step of its part.
+  // The next row block is most often of the same layer.
   uint8_t* const ring = static_cast<uint8_t*>(shared) + warp * STAGES * STAGE_BYTES;
   int load_block = row_warp, load_step = 0, load_n0 = 0;
   Layer load_layer;
@@ -173,27 +180,31 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
       const int step = first_step + load_step;
       const int byte = step * LINE_BYTES + piece * 16;
       const int bytes = ROW_BYTES % LINE_BYTES == 0 || byte < ROW_BYTES ? 16 : 0;
+      const int n0 = first_row(load_layer, load_n0);
+      const int64_t n = n0 + copy_row;
+      const uint8_t* const from = load_layer.T_packed + n * ROW_BYTES + byte;
 #pragma unroll
       for (int plane = 0; plane < PLANES; ++plane)
 #pragma unroll
         for (int row = 0; row < ROWS; row += 4) {
-          const int64_t n = static_cast<int64_t>(plane) * load_layer.N + row_of(load_layer, load_n0, row + copy_row);
-          copy_16_async(to + (plane * ROWS + row) * LINE_BYTES + copy_at, load_layer.T_packed + n * ROW_BYTES + byte,
-                        bytes);
+          const int64_t rows = static_cast<int64_t>(plane) * load_layer.N +
+                               (is_short ? row_of(load_layer, n0, row + copy_row) - n : row);
+          copy_16_async(to + (plane * ROWS + row) * LINE_BYTES + copy_at, from + rows * ROW_BYTES, bytes);
         }
 #pragma unroll
       for (int i = lane; i < ROWS * Exponents::WORDS; i += 32)
-        Exponents::copy_async(to + E_AT, i % ROWS, row_of(load_layer, load_n0, i % ROWS), step, i / ROWS, load_layer.E,
+        Exponents::copy_async(to + E_AT, i % ROWS, row_of(load_layer, n0, i % ROWS), step, i / ROWS, load_layer.E,
                               load_layer.N);
       if constexpr (MANTISSA_BYTES != 0)
 #pragma unroll
         for (int i = lane; i < ROWS * Mantissas::WORDS; i += 32)
-          Mantissas::copy_async(to + MANTISSA_AT, i % ROWS, row_of(load_layer, load_n0, i % ROWS), step, i / ROWS,
+          Mantissas::copy_async(to + MANTISSA_AT, i % ROWS, row_of(load_layer, n0, i % ROWS), step, i / ROWS,
                                 load_layer.E_mantissa, load_layer.N);
       if (++load_step == steps) {
         load_step = 0;
         load_block += ROW_WARPS;
-        if (load_block < blocks) load_n0 = locate(load_block, load_layer);
+        load_n0 += ROW_WARPS * ROWS;
+        if (load_n0 >= load_layer.N && load_block < blocks) load_n0 = locate(load_block, load_layer);
       }
     }
     commit_copies();
@@ -223,7 +234,7 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
   const int part_chunk = (first_step - block_step) * CHUNKS;
   for (int block = row_warp; block < blocks; block += ROW_WARPS) {
     Layer here;
-    const int n0 = locate(block, here);
+    const int n0 = first_row(here, locate(block, here));
     float sum[TILES][COLUMN_TILES][4] = {};
     for (int step = 0; step < steps; ++step) {
       wait_for_copies<STAGES - 1>();
@@ -256,7 +267,7 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
             const int row = tile * 16 + half * 8 + row_in_tile, n = row_of(here, n0, row);
             const int group = quad_lane * SCALES + s;
             const int E = static_cast<int8_t>(Exponents::read(from + E_AT, row, n, first_step + step, group));
-            scales[tile][half][s] = INT8 ? int8_scale(E) : half_scale(E);
+            scales[tile][half][s] = AS_DIGITS ? exp2_int(E) : INT8 ? int8_scale(E) : half_scale(E);
             if constexpr (MANTISSA_BYTES != 0) {
               const int mantissa = Mantissas::read(from + MANTISSA_AT, row, n, first_step + step, group);
               scales[tile][half][s] *= static_cast<float>(mantissa);
@@ -270,6 +281,16 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
       for (int c = 0; c < CHUNKS; ++c) {
         const int chunk = part_chunk + step * CHUNKS + c;
         const uint8_t* const x_chunk = s_x + chunk * Inputs::CHUNK_BYTES + quad_lane * 16;
+        // What the digits of this lane's columns stand for.
+        float units[COLUMN_TILES][2];
+        if constexpr (AS_DIGITS)
+#pragma unroll
+          for (int t = 0; t < COLUMN_TILES; ++t) {
+            const float2 of_tile = *reinterpret_cast<const float2*>(s_x + chunk * Inputs::CHUNK_BYTES +
+                                                                    Inputs::UNITS_AT + (t * 8 + quad_lane * 2) * 4);
+            units[t][0] = of_tile.x;
+            units[t][1] = of_tile.y;
+          }
         Accumulator group_sum[SCALES][TILES][COLUMN_TILES][4];
 #pragma unroll
         for (int i = 0; i < SCALES * TILES * COLUMN_TILES * 4; ++i)
@@ -282,9 +303,9 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
 #pragma unroll
           for (int t = 0; t < COLUMN_TILES; ++t) {
             // Columns of B past the last repeat it; nobody reads their sums.
-            const int column = min(t * 8 + row_in_tile, TOKENS - 1);
+            const int column = min(t * 8 + row_in_tile, Inputs::COLUMNS - 1);
             x_fragment[t] =
-                *reinterpret_cast<const uint4*>(x_chunk + ((INT8 ? plane / 2 : plane) * TOKENS + column) * 64);
+                *reinterpret_cast<const uint4*>(x_chunk + ((INT8 ? plane / 2 : plane) * Inputs::COLUMNS + column) * 64);
           }
 #pragma unroll
           for (int b = 0; b < (INT8 ? 1 : 2); ++b)
@@ -329,8 +350,11 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
 #pragma unroll
               for (int t = 0; t < COLUMN_TILES; ++t)
 #pragma unroll
-                for (int i = half * 2; i < half * 2 + 2; ++i)
-                  sum[tile][t][i] += group_scale * group_value(group_sum[s][tile][t][i]);
+                for (int i = half * 2; i < half * 2 + 2; ++i) {
+                  // A unit first: alone the scale may lead out of range.
+                  const float value = group_value(group_sum[s][tile][t][i]);
+                  sum[tile][t][i] += group_scale * (AS_DIGITS ? value * units[t][i % 2] : value);
+                }
             }
       }
     }
@@ -356,15 +380,19 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
   for (int i = threadIdx.x; i < my_blocks * ROWS * M; i += WARPS * 32) {
     const int row = i % ROWS, m = i / ROWS % M, block = i / ROWS / M;
     Layer here;
-    const int n = locate(block * CLUSTER + rank, here) + row;
+    const int n = first_row(here, locate(block * CLUSTER + rank, here)) + row;
     if (is_short && n >= here.N) continue;
-    const int value = (row / 16 * COLUMN_TILES + m / 8) * 4 + row / 8 % 2 * 2 + m % 2;
-    const float* const parts = s_parts + (block * PARTS * VALUES + value) * 32 + row % 8 * 4 + m % 8 / 2;
     float sum = 0;
 #pragma unroll
-    for (int p = 0; p < PARTS; ++p) sum += parts[p * VALUES * 32];
+    for (int d = 0; d < Inputs::COLUMNS_A_TOKEN; ++d) {
+      const int column = m * Inputs::COLUMNS_A_TOKEN + d;
+      const int value = (row / 16 * COLUMN_TILES + column / 8) * 4 + row / 8 % 2 * 2 + column % 2;
+      const float* const parts = s_parts + (block * PARTS * VALUES + value) * 32 + row % 8 * 4 + column % 8 / 2;
+#pragma unroll
+      for (int p = 0; p < PARTS; ++p) sum += parts[p * VALUES * 32];
+    }
     // In float64, which neither 2^INT8_SHIFT nor the scale leads out of range.
-    if constexpr (INT8)
+    if constexpr (std::is_same_v<X, int8_t>)
       sum = static_cast<float>(static_cast<double>(sum) * (1 << INT8_SHIFT) *
                                load_scale(static_cast<const float*>(scale) + m));
     if (here.bias != nullptr) sum += bias_value(here.bias[n], *here.bias_exponent);

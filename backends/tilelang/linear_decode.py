@@ -20,6 +20,9 @@ STEP = 512
 #: Most tokens of a call.
 MOST_TOKENS = 16
 
+#: Digits that a float is multiplied as, and the most tokens for which it is (linear_decode_x.cuh).
+_DIGITS, _MOST_DIGIT_TOKENS = 3, 2
+
 #: Elements of x in a block's shared memory from which on it pays to split K, and x with it, over more blocks; and in a
 #: cluster of two from which on wgmma is faster. On an H100 (docs/figures.md).
 _ELEMENTS = 2**15
@@ -55,14 +58,24 @@ class DecodeTile:
 
     def shared_bytes(self, layers: tuple[LayerShape, ...], K: int, g: int, activation: Activation) -> int:
         """Shared memory of a block: the rings, its part of x, and the parts of the sums that it adds up."""
-        rows = 16 * self.TILES
-        scale_bytes = _ring_bytes(1, K, g) + _ring_bytes(MANTISSA_BYTES[layers[0].mantissa], K, g)
-        ring_bytes = self.WARPS * self.STAGES * rows * (layers[0].planes * STEP // 4 + scale_bytes)
-        columns = -(-_steps(K) // self.CLUSTER) * STEP
-        x_bytes = columns * self.TOKENS * (1 if activation == "int8" else 2)
+        rows, first = 16 * self.TILES, layers[0]
+        scale_bytes = _ring_bytes(1, K, g) + _ring_bytes(MANTISSA_BYTES[first.mantissa], K, g)
+        ring_bytes = self.WARPS * self.STAGES * rows * (first.planes * STEP // 4 + scale_bytes)
+        as_digits = self.as_digits(layers, activation)
+        columns = self.TOKENS * (_DIGITS if as_digits else 1)
+        tile_columns = -(-columns // 8) * 8
+        step_bytes = STEP * columns * (1 if as_digits or activation == "int8" else 2)
+        if as_digits:
+            # A unit for each column of a chunk.
+            step_bytes += STEP // 128 * tile_columns * 4
         blocks = -(-self.row_blocks(layers) // self.CLUSTERS)
         parts = -(-blocks // self.CLUSTER) * self.CLUSTER * self.K_WARPS
-        return ring_bytes + x_bytes + parts * rows * -(-self.TOKENS // 8) * 8 * 4
+        return ring_bytes + -(-_steps(K) // self.CLUSTER) * step_bytes + parts * rows * tile_columns * 4
+
+    def as_digits(self, layers: tuple[LayerShape, ...], activation: Activation) -> bool:
+        """Whether floats are multiplied as digits of int8."""
+        plain = (layers[0].planes, layers[0].mantissa) == (1, None)
+        return activation == "float" and plain and self.TOKENS <= _MOST_DIGIT_TOKENS
 
 
 def _steps(K: int) -> int:
@@ -99,6 +112,7 @@ def decode_function(
         g,
         layers[0].planes,
         MANTISSA_BYTES[layers[0].mantissa],
+        str(tile.as_digits(layers, activation)).lower(),
         str(guarded).lower(),
     )
     return f"ternarize::linear_decode<{', '.join(map(str, parameters))}>"

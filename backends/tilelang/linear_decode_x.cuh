@@ -1,8 +1,13 @@
 // x of linear_decode.cuh: in shared memory, in the order in which a lane of mma takes it. Letters and names as there.
 //
-// Floats lie as [chunk][plane][token][lane of a quad], 16 bytes, which are the column pairs for each b. int8 lies as
-// [chunk][two planes][token][lane of a quad][plane], 8 bytes, and of groups of 64 as
-// [chunk][group][token][lane of a quad][plane], 4 bytes.
+// Floats lie as [chunk][plane][column][lane of a quad], 16 bytes, which are the column pairs for each b. int8 lies as
+// [chunk][two planes][column][lane of a quad][plane], 8 bytes, and of groups of 64 as
+// [chunk][group][column][lane of a quad][plane], 4 bytes. A token is a column, or three of digits.
+//
+// Digits. The values of a token and chunk are rounded to integers of 23 bits, in units that are a power of two of the
+// largest, and an integer is three digits in base 256, from -128 to 127. bfloat16 has 8 bits: a value down to 2^-15 of
+// the largest is exact, and what is rounded off the others is at most 2^-24 of it. A chunk with a value that is not
+// finite has NaN for a unit.
 #include <stdint.h>
 
 #include <type_traits>
@@ -11,9 +16,18 @@ namespace ternarize {
 
 constexpr int CHUNK = 128;  // weights
 
-template <typename X, int TOKENS, int K, int GROUP>
+constexpr int DIGITS = 3, DIGIT_BITS = 8;
+
+// AS_DIGITS: whether floats are to be multiplied as int8.
+template <typename X, bool AS_DIGITS, int TOKENS, int K, int GROUP>
 struct Activations {
-  static constexpr int CHUNK_BYTES = CHUNK * TOKENS * sizeof(X);
+  static constexpr int COLUMNS_A_TOKEN = AS_DIGITS ? DIGITS : 1;
+  static constexpr int COLUMNS = TOKENS * COLUMNS_A_TOKEN;
+  static constexpr int COLUMN_TILES = (COLUMNS + 7) / 8;
+  static constexpr int X_BYTES = CHUNK * COLUMNS * (AS_DIGITS ? 1 : sizeof(X));
+  // Of digits, with the units of their columns behind them.
+  static constexpr int UNITS_AT = X_BYTES;
+  static constexpr int CHUNK_BYTES = X_BYTES + (AS_DIGITS ? 8 * COLUMN_TILES * sizeof(float) : 0);
   static constexpr int SCALES = GROUP < CHUNK ? CHUNK / GROUP : 1;
   // Pieces that a thread loads before it stores the first: x comes from L2, one latency for all of them.
   static constexpr int BATCH = 4;
@@ -46,11 +60,12 @@ struct Activations {
     }
   }
 
-  // 16 bytes of floats, in the order of s_x; or 8 of int8, in the order of x.
+  // 8 values: floats in the order of s_x, or what will be int8, in the order of x.
   __device__ __forceinline__ void load_piece(uint2 (&v)[2], int i, int first) const {
-    if constexpr (std::is_same_v<X, int8_t>) {
+    if constexpr (AS_DIGITS || std::is_same_v<X, int8_t>) {
       const int eight = i % 4, plane = i / 4 % 4, m = i / 16 % TOKENS, chunk = i / 16 / TOKENS;
       v[0] = load(m, first + chunk, plane, eight * 8);
+      if constexpr (AS_DIGITS) v[1] = load(m, first + chunk, plane, eight * 8 + 4);
     } else {
       const int q = i % 4, m = i / 4 % TOKENS, plane = i / 4 / TOKENS % 4, chunk = i / 16 / TOKENS;
       v[0] = load(m, first + chunk, plane, SCALES == 1 ? 8 * q : 4 * q);
@@ -59,23 +74,70 @@ struct Activations {
   }
 
   __device__ __forceinline__ void store_piece(uint8_t* s_x, int i, const uint2 (&v)[2]) const {
-    if constexpr (!std::is_same_v<X, int8_t>) {
+    const int eight = i % 4, plane = i / 4 % 4, m = i / 16 % TOKENS, chunk = i / 16 / TOKENS;
+    if constexpr (AS_DIGITS) {
+      store_digits(s_x + chunk * CHUNK_BYTES, m, plane, eight, v);
+    } else if constexpr (std::is_same_v<X, int8_t>) {
+      store_int8(s_x + chunk * CHUNK_BYTES, m, plane, eight, v[0]);
+    } else {
       const uint32_t even_v = __byte_perm(v[0].x, v[0].y, 0x5410), odd_v = __byte_perm(v[0].x, v[0].y, 0x7632);
       const uint32_t even_w = __byte_perm(v[1].x, v[1].y, 0x5410), odd_w = __byte_perm(v[1].x, v[1].y, 0x7632);
       reinterpret_cast<uint4*>(s_x)[i] =
           SCALES == 1 ? uint4{even_v, even_w, odd_v, odd_w} : uint4{even_v, odd_v, even_w, odd_w};
-      return;
     }
-    const int eight = i % 4, plane = i / 4 % 4, m = i / 16 % TOKENS, chunk = i / 16 / TOKENS;
+  }
+
+  // 8 values of a plane into their column of a chunk.
+  static __device__ __forceinline__ void store_int8(uint8_t* chunk, int column, int plane, int eight, uint2 v) {
     if constexpr (SCALES == 1) {
-      reinterpret_cast<uint2*>(s_x)[((chunk * 2 + plane / 2) * TOKENS + m) * 8 + eight * 2 + plane % 2] = v[0];
+      reinterpret_cast<uint2*>(chunk)[(plane / 2 * COLUMNS + column) * 8 + eight * 2 + plane % 2] = v;
     } else {
       // Of two lanes of a quad.
       uint32_t* const to =
-          reinterpret_cast<uint32_t*>(s_x) + ((chunk * 2 + eight / 2) * TOKENS + m) * 16 + eight % 2 * 8 + plane;
-      to[0] = v[0].x;
-      to[4] = v[0].y;
+          reinterpret_cast<uint32_t*>(chunk) + (eight / 2 * COLUMNS + column) * 16 + eight % 2 * 8 + plane;
+      to[0] = v.x;
+      to[4] = v.y;
     }
+  }
+
+  // The same of 8 floats, whose chunk is in 16 neighbouring lanes.
+  static __device__ __forceinline__ void store_digits(uint8_t* chunk, int m, int plane, int eight,
+                                                      const uint2 (&v)[2]) {
+    const uint32_t words[] = {v[0].x, v[0].y, v[1].x, v[1].y};
+    uint32_t bits[8], largest = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      bits[i] = float_bits<X>(i % 2 ? words[i / 2] >> 16 : words[i / 2]);
+      largest = max(largest, bits[i] & 0x7FFFFFFF);
+    }
+#pragma unroll
+    for (int lanes = 1; lanes < 16; lanes *= 2)
+      largest = max(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, lanes));
+    // All are below 2^(exponent - 126): times 2^(148 - exponent), which may take two factors, they are below 2^22.
+    const int exponent = largest >> 23, lifted = exponent < 64 ? 64 : 0;
+    const float lift = exp2_int(lifted), factor = exp2_int(148 - exponent - lifted);
+    uint32_t digits[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      // Added to 1.5 · 2^23 they are integers in the last bits, to nearest. Balanced digits are those of the integer
+      // plus 128 in each place, less 128.
+      const float value = __int_as_float(bits[i]) * lift;
+      digits[i] = (__float_as_uint(__fmaf_rn(value, factor, 12582912.0f)) - 0x4B400000 + 0x808080) ^ 0x808080;
+    }
+#pragma unroll
+    for (int d = 0; d < DIGITS; ++d) {
+      const uint32_t both = d | (4 + d) << 4;
+      const auto four = [&](int i) {
+        return __byte_perm(__byte_perm(digits[i], digits[i + 1], both), __byte_perm(digits[i + 2], digits[i + 3], both),
+                           0x5410);
+      };
+      store_int8(chunk, m * DIGITS + d, plane, eight, {four(0), four(4)});
+    }
+    if (plane == 0 && eight == 0)
+#pragma unroll
+      for (int d = 0; d < DIGITS; ++d)
+        reinterpret_cast<float*>(chunk + UNITS_AT)[m * DIGITS + d] =
+            exponent == 255 ? __int_as_float(0x7FC00000) : exp2_or_less(exponent - 148 + DIGIT_BITS * d);
   }
 };
 

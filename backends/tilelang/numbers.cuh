@@ -8,13 +8,15 @@ __device__ __forceinline__ float exp2_int(int exponent) { return __int_as_float(
 // 2^(E - 1). At E = -126 it is 2^-127, which is subnormal.
 __device__ __forceinline__ float half_scale(int E) { return __int_as_float(max((E + 126) << 23, 0x00400000)); }
 
-// 2^(E - INT8_SHIFT), subnormal for the least E: what sums of int8 products are scaled by, in float32. They take 24 bits
-// for K below 2^17, so that this is the one shift for which none overflows at E = 127, and none needs bits below the last
-// of float32 at E = -126.
-constexpr int INT8_SHIFT = 23;
-__device__ __forceinline__ float int8_scale(int E) {
-  return __int_as_float(E > INT8_SHIFT - 127 ? (E - INT8_SHIFT + 127) << 23 : 1 << (E - INT8_SHIFT + 149));
+// 2^exponent for exponents from -149 to 127, which is subnormal below -126.
+__device__ __forceinline__ float exp2_or_less(int exponent) {
+  return __int_as_float(exponent > -127 ? (exponent + 127) << 23 : 1 << (exponent + 149));
 }
+
+// 2^(E - INT8_SHIFT): what sums of int8 products are scaled by, in float32. They take 24 bits for K below 2^17, so that
+// this is the one shift for which none overflows at E = 127, and none needs bits below the last of float32 at E = -126.
+constexpr int INT8_SHIFT = 23;
+__device__ __forceinline__ float int8_scale(int E) { return exp2_or_less(E - INT8_SHIFT); }
 
 // What the sums of a group start from, and the numbers that they then are. Sums of int8 products with 64 T are integers
 // in units of 1/64, at most 2^20 of them in a chunk of 128 weights. They start from the bits of 1.5 · 2^17, of which one

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ternarize.config import Activation
-from ternarize.packing import dequantize
+from ternarize.packing import dequantize, pack
 from tests.backends.hopper_kit import (
     Case,
     Inputs,
@@ -56,6 +56,9 @@ CASES = {
     "float16": DecodeCase(M=8, layers=(layer_shape(20, bias=True),), K=1024, g=128, dtype="float16"),
     "part of a step": DecodeCase(M=3, layers=(layer_shape(40),), K=1152, g=128, tile={"STAGES": 3}),
     "groups of 64": DecodeCase(M=5, layers=(layer_shape(19),), K=1216, g=64, tile={"K_WARPS": 2}),
+    "two tokens in groups of 64": DecodeCase(
+        M=2, layers=(layer_shape(33, bias=True),), K=1216, g=64, dtype="float16", tile={"CLUSTER": 2}
+    ),
     "groups of 256, the last of 192": DecodeCase(M=2, layers=(layer_shape(19),), K=960, g=256),
     "the last group of 64": DecodeCase(M=2, layers=(layer_shape(19),), K=704, g=128, dtype="float16"),
     "a group a row": DecodeCase(M=2, layers=(layer_shape(19),), K=192, g=192),
@@ -138,15 +141,32 @@ def test_decode_equals_float64(emulation: ctypes.CDLL, name: str) -> None:
         assert layer.status.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("name", ["three layers", "int8, three layers"])
-def test_decode_reports_a_result_that_is_not_finite(emulation: ctypes.CDLL, name: str) -> None:
+@pytest.mark.parametrize("name", ["one token", "two tokens in groups of 64"])
+def test_a_large_value_takes_no_bits_from_the_others(emulation: ctypes.CDLL, name: str) -> None:
+    torch.manual_seed(0)
+    case = CASES[name]
+    (layer,) = [Operands.random(layer, case) for layer in case.layers]
+    x = torch.randn(case.M, case.K)
+    # One in each chunk of 128 weights, where no row has a weight.
+    x[:, ::128] = 2.0**9
+    levels = dequantize(layer.T_packed, torch.zeros_like(layer.E), None, case.K, case.g, torch.int8)
+    levels[:, ::128] = 0
+    layer.T_packed = pack(levels, case.g)
+    inputs = Inputs(x=x.to(getattr(torch, case.dtype)))
+    _emulate(emulation, name, inputs, [layer])
+    layer.assert_right(inputs.value(), case)
+
+
+@pytest.mark.parametrize("name", ["three layers", "two tokens in groups of 64", "int8, three layers"])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_decode_reports_a_result_that_is_not_finite(emulation: ctypes.CDLL, name: str, value: float) -> None:
     torch.manual_seed(0)
     case = CASES[name]
     inputs, layers = Inputs.random(case), [Operands.random(layer, case) for layer in case.layers]
     if inputs.scale is None:
-        inputs.x[0, 300] = torch.inf
+        inputs.x[0, 300] = value
     else:
-        inputs.scale[0] = torch.inf
+        inputs.scale[0] = value
     _emulate(emulation, name, inputs, layers)
     for layer in layers:
         assert not layer.y[0].isfinite().any()

@@ -104,24 +104,24 @@ struct Activations {
   static __device__ __forceinline__ void store_digits(uint8_t* chunk, int m, int plane, int eight,
                                                       const uint2 (&v)[2]) {
     const uint32_t words[] = {v[0].x, v[0].y, v[1].x, v[1].y};
-    uint32_t bits[8], largest = 0;
+    // Without their signs, 16-bit floats are ordered as their bits are.
+    uint32_t largest = 0;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      bits[i] = float_bits<X>(i % 2 ? words[i / 2] >> 16 : words[i / 2]);
-      largest = max(largest, bits[i] & 0x7FFFFFFF);
-    }
+    for (uint32_t two : words) largest = __vmaxs2(largest, two & 0x7FFF7FFF);
+    largest = max(largest >> 16, largest & 0xFFFF);
 #pragma unroll
     for (int lanes = 1; lanes < 16; lanes *= 2)
       largest = max(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, lanes));
     // All are below 2^(exponent - 126): times 2^(148 - exponent), which may take two factors, they are below 2^22.
-    const int exponent = largest >> 23, lifted = exponent < 64 ? 64 : 0;
-    const float lift = exp2_int(lifted), factor = exp2_int(148 - exponent - lifted);
+    const int exponent = float_bits<X>(largest) >> 23, lifted = exponent < 64 ? 64 : 0;
+    const float factor = exp2_int(148 - exponent - lifted);
     uint32_t digits[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
+      float value = __int_as_float(float_bits<X>(i % 2 ? words[i / 2] >> 16 : words[i / 2]));
+      if (lifted) value *= exp2_int(64);
       // Added to 1.5 · 2^23 they are integers in the last bits, to nearest. Balanced digits are those of the integer
       // plus 128 in each place, less 128.
-      const float value = __int_as_float(bits[i]) * lift;
       digits[i] = (__float_as_uint(__fmaf_rn(value, factor, 12582912.0f)) - 0x4B400000 + 0x808080) ^ 0x808080;
     }
 #pragma unroll
@@ -133,11 +133,10 @@ struct Activations {
       };
       store_int8(chunk, m * DIGITS + d, plane, eight, {four(0), four(4)});
     }
-    if (plane == 0 && eight == 0)
-#pragma unroll
-      for (int d = 0; d < DIGITS; ++d)
-        reinterpret_cast<float*>(chunk + UNITS_AT)[m * DIGITS + d] =
-            exponent == 255 ? __int_as_float(0x7FC00000) : exp2_or_less(exponent - 148 + DIGIT_BITS * d);
+    const int d = plane * 4 + eight;
+    if (d < DIGITS)
+      reinterpret_cast<float*>(chunk + UNITS_AT)[m * DIGITS + d] =
+          exponent == 255 ? __int_as_float(0x7FC00000) : exp2_or_less(exponent - 148 + DIGIT_BITS * d);
   }
 };
 

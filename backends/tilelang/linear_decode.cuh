@@ -18,8 +18,9 @@
 // of two groups of 64 is two words of a lane, one of each group, and b tells the groups apart.
 //
 // Activations in int8 take mma.m16n8k32, which has four trits a register: 64 T, the code in the top two bits of a byte.
-// Their scale, one a token, goes onto the finished sum. So do floats of one or two tokens, as three digits in base 256
-// (linear_decode_x.cuh): the mma has eight columns anyway, and to make operands of trits is most of the work.
+// Their scale, one a token, goes onto the finished sum. Floats of one or two tokens take it too, as three digits in base
+// 256 (linear_decode_x.cuh), if there are many rows: the mma has eight columns anyway, and to make operands of trits is
+// most of the work.
 //
 // Work. A thread block cluster owns consecutive row blocks. K is split over its blocks, and within a block over its
 // K_WARPS, each of which keeps its accumulators until its part of K is summed and leaves them in the shared memory of
@@ -30,7 +31,6 @@
 
 namespace ternarize {
 
-constexpr int CHUNKS = 4;        // of a step
 constexpr int LINE_BYTES = 128;  // of a row and a step
 
 // The tensors of a layer, as the host passes them; null for those that it does not have.
@@ -56,53 +56,19 @@ __device__ __forceinline__ Layer layer(int N, const void* T_packed, const void* 
           y};
 }
 
-// The exponents or mantissas of a row that a step needs, in a ring: the aligned words that hold them.
-template <int BYTES, int K, int GROUP>
-struct GroupValues {
-  static constexpr int G = (K + GROUP - 1) / GROUP;
-  static constexpr int PER_CHUNK = GROUP < CHUNK ? CHUNK / GROUP : 1;
-  static constexpr bool ALIGNED = GROUP <= CHUNK && G * BYTES % 4 == 0;
-  static constexpr int WORDS = ALIGNED ? PER_CHUNK * BYTES : (CHUNKS * PER_CHUNK * BYTES + (4 - BYTES) + 3) / 4;
-
-  // Of a chunk.
-  static __device__ __forceinline__ int first_group(int chunk) {
-    return GROUP < CHUNK ? chunk * PER_CHUNK : chunk / ((GROUP + CHUNK - 1) / CHUNK);
-  }
-  // Where in its tensor the first value of a row and step lies, in bytes.
-  static __device__ __forceinline__ int offset(int row, int step) {
-    return (row * G + first_group(step * CHUNKS)) * BYTES;
-  }
-  static __device__ __forceinline__ void copy_async(uint8_t* to, int row_in_block, int row, int step, int lane_word,
-                                                    const void* values, int N) {
-    const int from = (offset(row, step) & ~3) + 4 * lane_word;
-    // Rows that are whole steps have no words past their end.
-    const int bytes = ALIGNED && G * BYTES % (4 * WORDS) == 0 ? 4 : min(max(N * G * BYTES - from, 0), 4);
-    copy_4_async(to + (row_in_block * WORDS + lane_word) * 4, static_cast<const uint8_t*>(values) + from, bytes);
-  }
-  static __device__ __forceinline__ int read(const uint8_t* ring, int row_in_block, int row, int step, int group) {
-    // Past the last group of a row there are zeros in the ring, or the next row: x is zero there.
-    const int index = first_group(step * CHUNKS + group / PER_CHUNK) - first_group(step * CHUNKS) + group % PER_CHUNK;
-    const uint8_t* const value = ring + row_in_block * WORDS * 4 + (offset(row, step) & 3) + index * BYTES;
-    if constexpr (BYTES == 1) return *value;
-    if constexpr (BYTES == 2) return *reinterpret_cast<const int16_t*>(value);
-    if constexpr (BYTES == 4) return *reinterpret_cast<const int*>(value);
-    return 0;
-  }
-};
-
 // Arguments: x [M, K] of X, scale float32 [M] of x in int8 and null otherwise, and the layers; x, T_packed, E and
 // E_mantissa 16-byte aligned, M from 1 to TOKENS, K a multiple of 64. ``shared``: DecodeTile.shared_bytes
 // (linear_decode.py).
 //
 // Y: __nv_bfloat16 or __half. X: the same, or int8_t. TOKENS: 1, 2, 4, 8 or 16. TILES: mma tiles of 16 rows in a row
-// block. STAGES, WARPS, K_WARPS, CLUSTER: above. CLUSTERS: how many clusters there are. GROUP: 64, a multiple of 128, or
-// K. PLANES, MANTISSA_BYTES: trit planes and bytes of an E_mantissa, for int8 and digits 1 and 0. AS_DIGITS: whether
-// floats are multiplied as digits.
+// block. STAGES, WARPS, K_WARPS, CLUSTER: above. CLUSTERS: how many clusters there are. DIGITS: of floats, 3, or 0 if
+// they are multiplied as they are. GROUP: 64, a multiple of 128, or K. PLANES, MANTISSA_BYTES: trit planes and bytes of
+// an E_mantissa, for int8 and digits 1 and 0.
 template <typename X, typename Y, int TOKENS, int TILES, int STAGES, int WARPS, int K_WARPS, int CLUSTER, int CLUSTERS,
-          int K, int GROUP, int PLANES, int MANTISSA_BYTES, bool AS_DIGITS, bool GUARDED, typename... Layers>
+          int DIGITS, int K, int GROUP, int PLANES, int MANTISSA_BYTES, bool GUARDED, typename... Layers>
 __device__ __forceinline__ void linear_decode(const void* x, const void* scale, void* shared, int M, Layers... layers) {
   constexpr int ROWS = 16 * TILES;
-  using Inputs = Activations<X, AS_DIGITS, TOKENS, K, GROUP>;
+  using Inputs = Activations<X, DIGITS, TOKENS, K, GROUP>;
   constexpr int COLUMN_TILES = Inputs::COLUMN_TILES;
   constexpr int ROW_BYTES = K / 4;
   constexpr int STEPS = (ROW_BYTES + LINE_BYTES - 1) / LINE_BYTES;
@@ -116,10 +82,10 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
   constexpr int MANTISSA_AT = E_AT + ROWS * Exponents::WORDS * 4;
   constexpr int STAGE_BYTES = MANTISSA_AT + (MANTISSA_BYTES ? ROWS * Mantissas::WORDS * 4 : 0);
   // Of the operands of mma.
-  constexpr bool INT8 = AS_DIGITS || std::is_same_v<X, int8_t>;
+  constexpr bool INT8 = DIGITS != 0 || std::is_same_v<X, int8_t>;
   using Accumulator = std::conditional_t<INT8, int, float>;
   static_assert(STEPS >= PARTS && K % 64 == 0 && (!INT8 || (PLANES == 1 && MANTISSA_BYTES == 0)));
-  static_assert(!std::is_same_v<X, int8_t> || (K < 1 << 17 && !AS_DIGITS));
+  static_assert(!std::is_same_v<X, int8_t> || (K < 1 << 17 && DIGITS == 0));
 
   const Layer all[] = {layers...};
   int row_blocks = 0;
@@ -267,7 +233,7 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
             const int row = tile * 16 + half * 8 + row_in_tile, n = row_of(here, n0, row);
             const int group = quad_lane * SCALES + s;
             const int E = static_cast<int8_t>(Exponents::read(from + E_AT, row, n, first_step + step, group));
-            scales[tile][half][s] = AS_DIGITS ? exp2_int(E) : INT8 ? int8_scale(E) : half_scale(E);
+            scales[tile][half][s] = DIGITS != 0 ? exp2_int(E) : INT8 ? int8_scale(E) : half_scale(E);
             if constexpr (MANTISSA_BYTES != 0) {
               const int mantissa = Mantissas::read(from + MANTISSA_AT, row, n, first_step + step, group);
               scales[tile][half][s] *= static_cast<float>(mantissa);
@@ -283,7 +249,7 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
         const uint8_t* const x_chunk = s_x + chunk * Inputs::CHUNK_BYTES + quad_lane * 16;
         // What the digits of this lane's columns stand for.
         float units[COLUMN_TILES][2];
-        if constexpr (AS_DIGITS)
+        if constexpr (DIGITS != 0)
 #pragma unroll
           for (int t = 0; t < COLUMN_TILES; ++t) {
             const float2 of_tile = *reinterpret_cast<const float2*>(s_x + chunk * Inputs::CHUNK_BYTES +
@@ -353,7 +319,7 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
                 for (int i = half * 2; i < half * 2 + 2; ++i) {
                   // A unit first: alone the scale may lead out of range.
                   const float value = group_value(group_sum[s][tile][t][i]);
-                  sum[tile][t][i] += group_scale * (AS_DIGITS ? value * units[t][i % 2] : value);
+                  sum[tile][t][i] += group_scale * (DIGITS != 0 ? value * units[t][i % 2] : value);
                 }
             }
       }

@@ -20,8 +20,9 @@ STEP = 512
 #: Most tokens of a call.
 MOST_TOKENS = 16
 
-#: Digits that a float is multiplied as, and the most tokens for which it is (linear_decode_x.cuh).
-_DIGITS, _MOST_DIGIT_TOKENS = 3, 2
+#: Digits that floats are multiplied as, where they are: for so few tokens, and so many rows of all layers a token.
+#: Every block makes the digits of x, and each row takes fewer instructions then. On an H200 (docs/figures.md).
+_DIGITS, _MOST_DIGIT_TOKENS, _ROWS_A_DIGIT_TOKEN = 3, 2, 4096
 
 #: Elements of x in a block's shared memory from which on it pays to split K, and x with it, over more blocks; and in a
 #: cluster of two from which on wgmma is faster. On an H100 (docs/figures.md).
@@ -29,7 +30,7 @@ _ELEMENTS = 2**15
 
 SOURCE = "".join(
     Path(__file__).with_name(name).read_text()
-    for name in ("numbers.cuh", "hopper.cuh", "linear_decode_x.cuh", "linear_decode.cuh")
+    for name in ("numbers.cuh", "hopper.cuh", "linear_decode_x.cuh", "linear_decode_groups.cuh", "linear_decode.cuh")
 )
 
 
@@ -51,6 +52,8 @@ class DecodeTile:
     """Blocks among which K is split."""
     CLUSTERS: int
     """Clusters, among which the row blocks are shared out: at most as many as there are row blocks."""
+    DIGITS: int
+    """Digits of int8 that floats are multiplied as (linear_decode_x.cuh): 3, or 0 for floats as they are."""
 
     def row_blocks(self, layers: tuple[LayerShape, ...]) -> int:
         """Row blocks; the last of a layer overlaps the one before it if N is no multiple of their size."""
@@ -61,21 +64,15 @@ class DecodeTile:
         rows, first = 16 * self.TILES, layers[0]
         scale_bytes = _ring_bytes(1, K, g) + _ring_bytes(MANTISSA_BYTES[first.mantissa], K, g)
         ring_bytes = self.WARPS * self.STAGES * rows * (first.planes * STEP // 4 + scale_bytes)
-        as_digits = self.as_digits(layers, activation)
-        columns = self.TOKENS * (_DIGITS if as_digits else 1)
+        columns = self.TOKENS * max(1, self.DIGITS)
         tile_columns = -(-columns // 8) * 8
-        step_bytes = STEP * columns * (1 if as_digits or activation == "int8" else 2)
-        if as_digits:
+        step_bytes = STEP * columns * (1 if self.DIGITS or activation == "int8" else 2)
+        if self.DIGITS:
             # A unit for each column of a chunk.
             step_bytes += STEP // 128 * tile_columns * 4
         blocks = -(-self.row_blocks(layers) // self.CLUSTERS)
         parts = -(-blocks // self.CLUSTER) * self.CLUSTER * self.K_WARPS
         return ring_bytes + -(-_steps(K) // self.CLUSTER) * step_bytes + parts * rows * tile_columns * 4
-
-    def as_digits(self, layers: tuple[LayerShape, ...], activation: Activation) -> bool:
-        """Whether floats are multiplied as digits of int8."""
-        plain = (layers[0].planes, layers[0].mantissa) == (1, None)
-        return activation == "float" and plain and self.TOKENS <= _MOST_DIGIT_TOKENS
 
 
 def _steps(K: int) -> int:
@@ -112,7 +109,6 @@ def decode_function(
         g,
         layers[0].planes,
         MANTISSA_BYTES[layers[0].mantissa],
-        str(tile.as_digits(layers, activation)).lower(),
         str(guarded).lower(),
     )
     return f"ternarize::linear_decode<{', '.join(map(str, parameters))}>"
@@ -205,6 +201,8 @@ def decode_tiles(
     ):
         return
     tokens = next(tokens for tokens in (1, 2, 4, 8, 16) if tokens >= M)
+    plain = activation == "float" and (first.planes, first.mantissa) == (1, None)
+    enough_rows = sum(layer.N for layer in layers) >= tokens * _ROWS_A_DIGIT_TOKEN
     clusters = sorted((1, 2, 4, 8), key=lambda cluster: (tokens * K > cluster * _ELEMENTS, cluster))
     # Two steps ahead are enough.
     for stages, cluster in itertools.product((2, 1), clusters):
@@ -218,6 +216,7 @@ def decode_tiles(
                 K_WARPS=1,
                 CLUSTER=cluster,
                 CLUSTERS=1,
+                DIGITS=_DIGITS if plain and tokens <= _MOST_DIGIT_TOKENS and enough_rows else 0,
             ),
             layers,
             K,

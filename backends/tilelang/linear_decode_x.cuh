@@ -16,18 +16,19 @@ namespace ternarize {
 
 constexpr int CHUNK = 128;  // weights
 
-constexpr int DIGITS = 3, DIGIT_BITS = 8;
+constexpr int DIGIT_BITS = 8;
 
-// AS_DIGITS: whether floats are to be multiplied as int8.
-template <typename X, bool AS_DIGITS, int TOKENS, int K, int GROUP>
+// DIGITS: 3 for floats that are to be multiplied as int8, else 0.
+template <typename X, int DIGITS, int TOKENS, int K, int GROUP>
 struct Activations {
-  static constexpr int COLUMNS_A_TOKEN = AS_DIGITS ? DIGITS : 1;
+  static_assert(DIGITS == 0 || DIGITS == 3);
+  static constexpr int COLUMNS_A_TOKEN = DIGITS != 0 ? DIGITS : 1;
   static constexpr int COLUMNS = TOKENS * COLUMNS_A_TOKEN;
   static constexpr int COLUMN_TILES = (COLUMNS + 7) / 8;
-  static constexpr int X_BYTES = CHUNK * COLUMNS * (AS_DIGITS ? 1 : sizeof(X));
+  static constexpr int X_BYTES = CHUNK * COLUMNS * (DIGITS != 0 ? 1 : sizeof(X));
   // Of digits, with the units of their columns behind them.
   static constexpr int UNITS_AT = X_BYTES;
-  static constexpr int CHUNK_BYTES = X_BYTES + (AS_DIGITS ? 8 * COLUMN_TILES * sizeof(float) : 0);
+  static constexpr int CHUNK_BYTES = X_BYTES + (DIGITS != 0 ? 8 * COLUMN_TILES * sizeof(float) : 0);
   static constexpr int SCALES = GROUP < CHUNK ? CHUNK / GROUP : 1;
   // Pieces that a thread loads before it stores the first: x comes from L2, one latency for all of them.
   static constexpr int BATCH = 4;
@@ -62,10 +63,10 @@ struct Activations {
 
   // 8 values: floats in the order of s_x, or what will be int8, in the order of x.
   __device__ __forceinline__ void load_piece(uint2 (&v)[2], int i, int first) const {
-    if constexpr (AS_DIGITS || std::is_same_v<X, int8_t>) {
+    if constexpr (DIGITS != 0 || std::is_same_v<X, int8_t>) {
       const int eight = i % 4, plane = i / 4 % 4, m = i / 16 % TOKENS, chunk = i / 16 / TOKENS;
       v[0] = load(m, first + chunk, plane, eight * 8);
-      if constexpr (AS_DIGITS) v[1] = load(m, first + chunk, plane, eight * 8 + 4);
+      if constexpr (DIGITS != 0) v[1] = load(m, first + chunk, plane, eight * 8 + 4);
     } else {
       const int q = i % 4, m = i / 4 % TOKENS, plane = i / 4 / TOKENS % 4, chunk = i / 16 / TOKENS;
       v[0] = load(m, first + chunk, plane, SCALES == 1 ? 8 * q : 4 * q);
@@ -75,7 +76,7 @@ struct Activations {
 
   __device__ __forceinline__ void store_piece(uint8_t* s_x, int i, const uint2 (&v)[2]) const {
     const int eight = i % 4, plane = i / 4 % 4, m = i / 16 % TOKENS, chunk = i / 16 / TOKENS;
-    if constexpr (AS_DIGITS) {
+    if constexpr (DIGITS != 0) {
       store_digits(s_x + chunk * CHUNK_BYTES, m, plane, eight, v);
     } else if constexpr (std::is_same_v<X, int8_t>) {
       store_int8(s_x + chunk * CHUNK_BYTES, m, plane, eight, v[0]);

@@ -37,11 +37,26 @@ class DecodeCase(Case):
 
         least = dict.fromkeys((field.name for field in dataclasses.fields(DecodeTile)), 1)
         tokens = next(tokens for tokens in (1, 2, 4, 8, 16) if tokens >= self.M)
-        return DecodeTile(**{**least, "TOKENS": tokens, "STAGES": 2, "WARPS": 2, **self.tile})
+        return DecodeTile(**{**least, "TOKENS": tokens, "STAGES": 2, "WARPS": 2, "DIGITS": 0, **self.tile})
 
 
 CASES = {
     "one token": DecodeCase(M=1, layers=(layer_shape(16),), K=512, g=128),
+    "digits": DecodeCase(M=1, layers=(layer_shape(16),), K=512, g=128, tile={"DIGITS": 3}),
+    "digits, three layers": DecodeCase(
+        M=2,
+        layers=(layer_shape(33, bias=True), layer_shape(5), layer_shape(17, bias=True)),
+        K=1152,
+        g=128,
+        tile={"CLUSTERS": 3, "WARPS": 4, "K_WARPS": 2, "DIGITS": 3},
+    ),
+    "digits, groups of 64": DecodeCase(
+        M=2, layers=(layer_shape(33, bias=True),), K=1216, g=64, dtype="float16", tile={"CLUSTER": 2, "DIGITS": 3}
+    ),
+    "digits, groups of 256, the last of 192": DecodeCase(
+        M=1, layers=(layer_shape(19),), K=960, g=256, tile={"STAGES": 3, "DIGITS": 3}
+    ),
+    "digits, a group a row": DecodeCase(M=2, layers=(layer_shape(19),), K=192, g=192, tile={"DIGITS": 3}),
     "K split over warps and blocks": DecodeCase(
         M=16, layers=(layer_shape(70, bias=True),), K=2048, g=128, tile={"TILES": 2, "CLUSTER": 2, "K_WARPS": 2}
     ),
@@ -56,9 +71,6 @@ CASES = {
     "float16": DecodeCase(M=8, layers=(layer_shape(20, bias=True),), K=1024, g=128, dtype="float16"),
     "part of a step": DecodeCase(M=3, layers=(layer_shape(40),), K=1152, g=128, tile={"STAGES": 3}),
     "groups of 64": DecodeCase(M=5, layers=(layer_shape(19),), K=1216, g=64, tile={"K_WARPS": 2}),
-    "two tokens in groups of 64": DecodeCase(
-        M=2, layers=(layer_shape(33, bias=True),), K=1216, g=64, dtype="float16", tile={"CLUSTER": 2}
-    ),
     "groups of 256, the last of 192": DecodeCase(M=2, layers=(layer_shape(19),), K=960, g=256),
     "the last group of 64": DecodeCase(M=2, layers=(layer_shape(19),), K=704, g=128, dtype="float16"),
     "a group a row": DecodeCase(M=2, layers=(layer_shape(19),), K=192, g=192),
@@ -117,7 +129,7 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
     kernels = [
         Path(linear_decode.__file__).with_name(name)
-        for name in ("numbers.cuh", "linear_decode_x.cuh", "linear_decode.cuh")
+        for name in ("numbers.cuh", "linear_decode_x.cuh", "linear_decode_groups.cuh", "linear_decode.cuh")
     ]
     functions = [_call(case, index) for index, case in enumerate(CASES.values())]
     return compile_emulation("emulated_hopper.h", kernels, functions, tmp_path_factory.mktemp("emulation"))
@@ -141,7 +153,7 @@ def test_decode_equals_float64(emulation: ctypes.CDLL, name: str) -> None:
         assert layer.status.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("name", ["one token", "two tokens in groups of 64"])
+@pytest.mark.parametrize("name", ["digits", "digits, groups of 64"])
 def test_a_large_value_takes_no_bits_from_the_others(emulation: ctypes.CDLL, name: str) -> None:
     torch.manual_seed(0)
     case = CASES[name]
@@ -157,7 +169,7 @@ def test_a_large_value_takes_no_bits_from_the_others(emulation: ctypes.CDLL, nam
     layer.assert_right(inputs.value(), case)
 
 
-@pytest.mark.parametrize("name", ["three layers", "two tokens in groups of 64", "int8, three layers"])
+@pytest.mark.parametrize("name", ["three layers", "digits, three layers", "digits, groups of 64", "int8, three layers"])
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 def test_decode_reports_a_result_that_is_not_finite(emulation: ctypes.CDLL, name: str, value: float) -> None:
     torch.manual_seed(0)
@@ -174,9 +186,9 @@ def test_decode_reports_a_result_that_is_not_finite(emulation: ctypes.CDLL, name
         assert layer.status.tolist() == [1, 0]
 
 
-def test_decode_holds_over_the_whole_range_of_exponents(emulation: ctypes.CDLL) -> None:
+@pytest.mark.parametrize("name", ["one token", "digits"])
+def test_decode_holds_over_the_whole_range_of_exponents(emulation: ctypes.CDLL, name: str) -> None:
     torch.manual_seed(0)
-    name = "one token"
     case = CASES[name]
     (layer,) = [Operands.random(layer, case) for layer in case.layers]
     G = layer.E.shape[1]
@@ -307,6 +319,29 @@ def test_a_tile_shares_out_all_work_and_fits(M: int, out_features: tuple[int, ..
     assert tile.row_blocks(layers) >= tile.CLUSTERS
     assert tile.WARPS % tile.K_WARPS == 0
     assert tile.shared_bytes(layers, K, g, "float") <= 227 * 1024
+
+
+@pytest.mark.parametrize(
+    ("M", "layers", "activation", "digits"),
+    [
+        (1, (layer_shape(3072), layer_shape(1024)), "float", 3),
+        (1, (layer_shape(4095),), "float", 0),
+        (2, (layer_shape(8192),), "float", 3),
+        (2, (layer_shape(8191),), "float", 0),
+        (3, (layer_shape(28672),), "float", 0),
+        (1, (layer_shape(28672, planes=2),), "float", 0),
+        (1, (layer_shape(28672, mantissa="uint8"),), "float", 0),
+        (1, (layer_shape(28672),), "int8", 0),
+    ],
+)
+def test_digits_are_for_few_tokens_and_many_rows(
+    M: int, layers: tuple[Any, ...], activation: Activation, digits: int
+) -> None:
+    from ternarize.backends.tilelang.linear_decode import choose_decode_tile
+
+    tile = choose_decode_tile(M, layers, 4096, 128, activation)
+    assert tile is not None
+    assert digits == tile.DIGITS
 
 
 @pytest.mark.parametrize(

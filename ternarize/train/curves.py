@@ -7,6 +7,9 @@ from typing import Any
 
 from ternarize.errors import ConfigError
 
+#: Part of the steps, at the start, that is not drawn.
+FIRST_PART = 0.04
+
 
 def read_log(log: Path, last_step: int | None = None) -> list[dict[str, Any]]:
     """The records of a log.jsonl, up to a step; lines that are damaged, as the last one of a crash, are left out."""
@@ -27,6 +30,9 @@ def read_log(log: Path, last_step: int | None = None) -> list[dict[str, Any]]:
 def draw_curves(runs: Mapping[str, list[dict[str, Any]]], file: Path) -> None:
     """Draw training losses (thin) and validation losses (with points) over steps, as a PNG.
 
+    Both axes are logarithmic, on which losses fall about straight and those of long runs can be told apart. The first
+    steps, in which a model learns how often each token comes, are left out.
+
     Args:
         runs: records of logs by what to call them.
         file: to write.
@@ -37,20 +43,30 @@ def draw_curves(runs: Mapping[str, list[dict[str, Any]]], file: Path) -> None:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
     except ImportError:
         raise ConfigError("drawing curves needs matplotlib: pip install 'ternarize[train]'") from None
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for i, (name, records) in enumerate(runs.items()):
+    first = FIRST_PART * max((r["step"] for records in runs.values() for r in records), default=0)
+    for i, (name, all_records) in enumerate(runs.items()):
+        records = [r for r in all_records if r["step"] > first]
         # matplotlib sets what is between dollars as mathematics, hides what begins with _ and needs Unicode.
         label = " " + name.replace("$", r"\$").encode(errors="replace").decode()
         trained = [r for r in records if r["loss"] is not None]
         validated = [r for r in records if r["validation"] is not None]
         axes.plot(_column(trained, "step"), _column(trained, "loss"), color=f"C{i}", alpha=0.3, linewidth=0.8)
         axes.plot(_column(validated, "step"), _column(validated, "validation"), color=f"C{i}", marker=".", label=label)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.set_xlabel("steps")
     axes.set_ylabel("nats a token; points: validation")
-    axes.grid(alpha=0.3)
+    axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(file, dpi=120)
 

@@ -5,8 +5,8 @@
 // [chunk][group][column][lane of a quad][plane], 4 bytes. A token is a column, or three of digits.
 //
 // Digits. The values of a token and chunk are rounded to integers of 23 bits, in units that are a power of two of the
-// largest, and an integer is three digits in base 256, from -128 to 127. bfloat16 has 8 bits: a value down to 2^-15 of
-// the largest is exact, and what is rounded off the others is at most 2^-24 of it. A chunk with a value that is not
+// largest, and an integer is three digits in base 256, from -128 to 127. bfloat16 has 8 bits: a value down to 2^-14 of
+// the largest is exact, and what is rounded off the others is at most 2^-22 of it. A chunk with a value that is not
 // finite has NaN for a unit.
 #include <stdint.h>
 
@@ -15,7 +15,6 @@
 namespace ternarize {
 
 constexpr int CHUNK = 128;  // weights
-
 constexpr int DIGIT_BITS = 8;
 
 // DIGITS: 3 for floats that are to be multiplied as int8, else 0.

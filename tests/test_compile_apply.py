@@ -6,8 +6,9 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
+from torch._inductor import compile_fx
 from torch.utils.checkpoint import checkpoint
 
 from ternarize import TernaryConfig, TernaryLinear, TernaryOptimizer, build_optimizer
@@ -56,6 +57,33 @@ def batch(seed: int) -> Tensor:
 
 
 ZERO = torch.tensor(0.0)
+
+
+@every_mode
+def test_a_cuda_graph_would_copy_nothing_but_the_inputs(mode: Apply, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_part: Any = compile_fx.compile_fx_inner
+    parts: list[tuple[int, int]] = []
+
+    def spy(graph: fx.GraphModule, inputs: list[Any], **settings: Any) -> Any:
+        part = compile_part(graph, inputs, **settings)
+        static = set(settings["static_input_idxs"])
+        # Graphs that write to what has no address of its own are not recorded at all.
+        assert set(part.mutated_input_idxs) <= static
+        parts.append((len(static), len(inputs)))
+        return part
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", spy)
+    model = Integers()
+    optimizer = TernaryOptimizer(model, apply=mode)
+    compiled: Any = torch.compile(model, backend="ternary", fullgraph=True)
+    # What comes from a cache is not compiled.
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        compiled(batch(0), ZERO).backward()
+    optimizer.step()
+    # x and the shift of forward; backward starts from the gradient of its result.
+    (forward_static, forward_inputs), (backward_static, backward_inputs) = parts
+    assert forward_inputs - forward_static == 2
+    assert backward_inputs - backward_static == 1
 
 
 @every_mode

@@ -1,6 +1,7 @@
 """The curves of one or several runs as a picture."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,15 @@ def draw_curves(runs: Mapping[str, list[dict[str, Any]]], file: Path) -> None:
         validated = [r for r in records if r["validation"] is not None]
         axes.plot(_column(trained, "step"), _column(trained, "loss"), color=f"C{i}", alpha=0.3, linewidth=0.8)
         axes.plot(_column(validated, "step"), _column(validated, "validation"), color=f"C{i}", marker=".", label=label)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    # Without a number above zero, as of no steps or losses that are all infinite, there are no logarithms.
+    if math.isfinite(axes.dataLim.minposx) and math.isfinite(axes.dataLim.minposy):
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.set_xlabel("steps")
     axes.set_ylabel("nats a token; points: validation")
     axes.grid(alpha=0.3, which="both")

@@ -95,6 +95,14 @@ def test_curves_are_a_png(tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("losses", [[], [5.0], [None, None], [0.0, 0.0]], ids=["none", "one", "not finite", "zero"])
+def test_curves_of_losses_without_a_logarithm_are_drawn_too(tmp_path: Path, losses: list[float | None]) -> None:
+    pytest.importorskip("matplotlib")
+    records = [{"step": i, "loss": loss, "validation": loss} for i, loss in enumerate(losses, start=1)]
+    draw_curves({"run": records}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_model_of_a_run_says_how_it_is_quantised(tiny: Tiny) -> None:
     trainer = tiny.start()
     export(trainer.model, Source(texts=(tiny.text,)), tiny.path / "model")

@@ -50,7 +50,7 @@ def plan(work: Work = "decode", **changes: Any) -> Plan:
 
 def compile_nothing(monkeypatch: pytest.MonkeyPatch, change: Callable[[Step], Step] = lambda step: step) -> None:
     """Leave dense steps as they are, and ternary ones but for a change."""
-    monkeypatch.setattr(step, "_compile", lambda run, task: run if task.ternary is None else change(run))
+    monkeypatch.setattr(step, "compile_step", lambda run, kernels: run if kernels is None else change(run))
 
 
 # Models.

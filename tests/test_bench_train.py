@@ -55,7 +55,11 @@ def plan(**changes: Any) -> Plan:
 def compile_nothing(monkeypatch: pytest.MonkeyPatch, change: Callable[[Loss], Loss] = lambda loss: loss) -> None:
     """Leave dense steps as they are, and ternary ones but for a change; short stretches."""
     monkeypatch.setattr(train_step, "STRETCH_STEPS", 1)
-    monkeypatch.setattr(train_step, "_compile", lambda loss, task, _: loss if task.ternary is None else change(loss))
+
+    def compile_step(loss: Loss, kernels: str | None, **_: bool) -> Loss:
+        return loss if kernels is None else change(loss)
+
+    monkeypatch.setattr(train_step, "compile_step", compile_step)
 
 
 def measured_wrong(monkeypatch: pytest.MonkeyPatch, change: Callable[[Loss], Loss]) -> Result[Any]:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from ternarize.backends import ternary
 from ternarize.bench.clocks import Laps, hold_device, host_seconds
+from ternarize.bench.compiled import compile_step, recorded_cuda_graphs
 from ternarize.bench.llama import Config, attend_causally, attend_in_groups, random_model
 from ternarize.bench.turns import Stretch, largest
 from ternarize.config import Kernels, TernaryConfig, eager_kernels
@@ -129,22 +129,19 @@ class Contender:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         counters.clear()
-        self._compiled = _compile(self._step, self._task)
+        self._compiled = compile_step(self._step, None if self._task.ternary is None else self._task.kernels)
         start = time.perf_counter()
         for call in range(WARM_UP_CALLS):
             self._rewind(self._cache)
             self._compiled(self._inputs[0], self._cache)[0].tolist()
             if not call:
                 first_call_seconds = time.perf_counter() - start
-        found = counters["inductor"]
-        # Recording counts its inputs, even if there is none.
-        recorded = "cudagraph_recorded_non_static_inputs" in found and not found["cudagraph_skips"]
         return Ready(
             first_call_seconds=first_call_seconds,
             error=self._error(self._compiled),
             allowed_error=self._allowed,
             kernels=explain(self._model).kernels("inference") if self._task.ternary is not None else {},
-            cuda_graph=recorded,
+            cuda_graph=recorded_cuda_graphs(),
             resident_bytes=self._resident_bytes,
         )
 
@@ -224,15 +221,6 @@ class Contender:
             for output, exact in zip(outputs, self._exact, strict=True)
         ]
         return largest(errors)
-
-
-def _compile(step: Any, task: Task) -> Any:
-    if task.ternary is None:
-        return torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
-    # torch.compile takes a mode or options, not both: these are the options of the mode.
-    options = torch._inductor.list_mode_options("reduce-overhead") | {"kernels": task.kernels}
-    # The function, not its name: that is known of installed packages only.
-    return torch.compile(step, backend=ternary, fullgraph=True, dynamic=False, options=options)
 
 
 def _fault(error: float, allowed: float) -> str:

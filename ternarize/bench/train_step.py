@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from ternarize.backends import ternary
 from ternarize.bench.allocations import allocation_trace, telling_ctx, weight_sized
 from ternarize.bench.clocks import Laps, hold_device, host_seconds
+from ternarize.bench.compiled import compile_step, recorded_cuda_graphs
 from ternarize.bench.llama import Config, multiplied_weights, trainable_model, with_layers
 from ternarize.bench.turns import Stretch, largest
 from ternarize.candidates import find_dense_layers
@@ -154,7 +154,8 @@ class Training:
         generator = torch.Generator(task.device).manual_seed(1)
         shape = (task.batch, task.ctx)
         self._tokens = torch.randint(int(config["vocab_size"]), shape, device=task.device, generator=generator)
-        self._forward = _compile(self._loss, task, cuda_graphs) if compiled else self._loss
+        kernels = None if task.ternary is None else task.kernels
+        self._forward = compile_step(self._loss, kernels, cuda_graphs=cuda_graphs) if compiled else self._loss
 
     def step(self, laps: Laps | None = None) -> Tensor:
         """One step; its loss, on the device."""
@@ -211,15 +212,14 @@ class Contender:
         _release(task.device)
         if task.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        model, found = self._training.model, counters["inductor"]
+        model = self._training.model
         return Ready(
             losses=losses,
             loss_error=loss_error,
             integer_error=integer_error,
             allowed_integer_error=allowed,
             graph_breaks=sum(counters["graph_break"].values()),
-            # Recording counts its inputs, even if there is none.
-            cuda_graphs="cudagraph_recorded_non_static_inputs" in found and not found["cudagraph_skips"],
+            cuda_graphs=recorded_cuda_graphs(),
             kernels=explain(model).kernels("training") if task.ternary is not None else {},
             weights=multiplied_weights(task.config),
             bytes_a_weight=bytes_a_weight(model, self._training.optimizer),
@@ -272,15 +272,6 @@ def _optimizer(model: nn.Module, task: Task) -> torch.optim.Optimizer:
     form = "sign" if config.rule == "sign" else config.accumulator
     update = {"lr": RATE * DEFAULT_LR[form], "apply": task.apply, "skip_nonfinite": True}
     return build_optimizer(model, torch.optim.AdamW, lr=FLOAT_LR, fused=True, ternary=update)
-
-
-def _compile(loss: Any, task: Task, cuda_graphs: bool) -> Any:
-    options: dict[str, Any] = {"triton.cudagraphs": cuda_graphs}
-    if task.ternary is None:
-        return torch.compile(loss, fullgraph=True, dynamic=False, options=options)
-    # The function, not its name: that is known of installed packages only.
-    options["kernels"] = task.kernels
-    return torch.compile(loss, backend=ternary, fullgraph=True, dynamic=False, options=options)
 
 
 def _kernels_of(task: Task) -> contextlib.AbstractContextManager[None]:

@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
@@ -13,36 +13,38 @@ def stop_signal(*numbers: signal.Signals) -> Iterator[threading.Event]:
     Nothing outside of the main thread, where Python takes no handlers.
     """
     stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
     former = {number: signal.getsignal(number) for number in numbers}
 
     def handle(number: int, *_: object) -> None:
         stop.set()
         signal.signal(number, former[signal.Signals(number)])
 
-    for number in former:
-        signal.signal(number, handle)
-    try:
+    with _handled(handle, *numbers):
         yield stop
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def interrupted_by(number: signal.Signals) -> Iterator[None]:
     """A signal acts as Ctrl-C does: what is half written is removed on the way out. Only in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    former = signal.signal(number, interrupt)
+    with _handled(interrupt, number):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(handle: Callable[..., None], *numbers: signal.Signals) -> Iterator[None]:
+    """Signals have another handler in the block, if this is the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, handle)
     try:
         yield
     finally:
-        signal.signal(number, former)
+        for number, handler in former.items():
+            signal.signal(number, handler)

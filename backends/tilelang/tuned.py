@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from filelock import FileLock
 from ternarize.backends.tilelang.layers import Dtype, LayerShape
 from ternarize.backends.tilelang.linear_decode import DecodeTile
 from ternarize.backends.tilelang.linear_wgmma import Tile
+from ternarize.checkpoint.write import new_file
 from ternarize.config import cache_dir
 
 log = logging.getLogger(__name__)
@@ -105,9 +105,8 @@ def save(gpu: str, entries: Mapping[Key, AnyTile]) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_suffix(".lock")):
         merged = {**_read(file), **entries}
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=f".{file.stem}", delete=False) as written:
-            json.dump([_to_json(key, tile) for key, tile in merged.items()], written, indent=1)
-        Path(written.name).replace(file)
+        with new_file(file) as written:
+            written.write_text(json.dumps([_to_json(key, tile) for key, tile in merged.items()], indent=1))
     table.cache_clear()
     return file
 

@@ -18,15 +18,12 @@ from ternarize.bench.contenders import DENSE, DENSE_TOLERANCE, TOLERANCE, Conten
 from ternarize.bench.timing import Pass, copies_needed, record
 from ternarize.config import TernaryConfig
 from ternarize.layer import TernaryLinear
+from ternarize.optim import DEFAULT_LR
 from ternarize.packing import unpack
 
 #: Of the weights, how many may get other integers than from a gradient summed in float64: where stochastic rounding
 #: falls so close to an integer that the order of a float32 sum decides. About 1e-6 of them do, for normal operands.
 UPDATE_TOLERANCE = 1e-4
-
-#: lr of the timed commits: the default of the rule `factored`, int8 (docs/training.md).
-LR = 28 / 254
-
 
 def missing(stem: str, kernel: str) -> str | None:
     """Why there is no such kernel, or None."""
@@ -106,7 +103,7 @@ def stage_arguments(grad_y: Tensor, x: Tensor, layer: TernaryLinear) -> tuple[ob
 @functools.cache
 def _refuse_and_lr(device: torch.device) -> tuple[Tensor, Tensor]:
     """What an optimizer has on the device before it commits."""
-    return torch.zeros(1, dtype=torch.int32, device=device), torch.full((1,), LR, device=device)
+    return torch.zeros(1, dtype=torch.int32, device=device), torch.full((1,), DEFAULT_LR["int8"], device=device)
 
 
 def update(kernel: str, grad_y: Tensor, x: Tensor, layer: TernaryLinear) -> Tensor:

@@ -89,7 +89,7 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
     add("batch", int, "windows of one forward and backward")
     add("accum", int, "micro-batches of --batch windows a step")
     add("steps", int, "updates of the weights")
-    add("lr", float, "peak of the matrices (default: 28/254, int4 14/254, sign 1, dense 2e-3, ste 1.4e-3)")
+    add("lr", float, "peak of the matrices (default: 20/254, int4 14/254, sign 1, dense 2e-3, ste 1.4e-3)")
     add("float_lr", float, "peak of all other parameters")
     add("warmup", int, "steps to the peaks, before the cosine to 2 %% of them")
     add("seed", int, "of weights, data order and stochastic rounding")

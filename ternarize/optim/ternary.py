@@ -15,7 +15,7 @@ from ternarize.optim import hooked
 from ternarize.optim.overflow import Overflow
 
 #: Learning rate by form of the state: the best peaks of docs/training.md, and whole votes for `sign`.
-DEFAULT_LR = {"int8": 28 / 254, "int4": 14 / 254, "sign": 1.0}
+DEFAULT_LR = {"int8": 20 / 254, "int4": 14 / 254, "sign": 1.0}
 
 _WHAT = {NONFINITE_OUTPUT: "output", NONFINITE_GRADIENT: "gradient"}
 

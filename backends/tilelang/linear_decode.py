@@ -24,9 +24,12 @@ MOST_TOKENS = 16
 #: Every block makes the digits of x, and each row takes fewer instructions then. On an H200 (docs/figures.md).
 _DIGITS, _MOST_DIGIT_TOKENS, _ROWS_A_DIGIT_TOKEN = 3, 2, 4096
 
-#: Elements of x in a block's shared memory from which on it pays to split K, and x with it, over more blocks; and in a
-#: cluster of two from which on wgmma is faster. On an H100 (docs/figures.md).
+#: Elements of x in a block's shared memory from which on it pays to split K, and x with it, over more blocks. Measured
+#: on an H100.
 _ELEMENTS = 2**15
+
+#: More than 8 tokens of floats and longer rows are for wgmma where there are fewer rows. On an H200 (docs/figures.md).
+_LONG_ROW, _MANY_ROWS = 4096, 4096
 
 SOURCE = "".join(
     Path(__file__).with_name(name).read_text()
@@ -191,10 +194,10 @@ def decode_tiles(
     It serves rows that are a multiple of 16 packed bytes, groups that are whole rows, 64 or a multiple of 128, and
     layers that agree in planes and mantissa.
     """
-    first = layers[0]
+    first, rows = layers[0], sum(layer.N for layer in layers)
     if (
         M > MOST_TOKENS
-        or (activation == "float" and M > 8 and 16 * K > 2 * _ELEMENTS)
+        or (activation == "float" and M > 8 and K > _LONG_ROW and rows < _MANY_ROWS)
         or K % 64 != 0
         or (g != 64 and g % 128 != 0 and g != K)
         or any((layer.planes, layer.mantissa) != (first.planes, first.mantissa) for layer in layers)
@@ -202,7 +205,7 @@ def decode_tiles(
         return
     tokens = next(tokens for tokens in (1, 2, 4, 8, 16) if tokens >= M)
     plain = activation == "float" and (first.planes, first.mantissa) == (1, None)
-    enough_rows = sum(layer.N for layer in layers) >= tokens * _ROWS_A_DIGIT_TOKEN
+    enough_rows = rows >= tokens * _ROWS_A_DIGIT_TOKEN
     clusters = sorted((1, 2, 4, 8), key=lambda cluster: (tokens * K > cluster * _ELEMENTS, cluster))
     # Two steps ahead are enough.
     for stages, cluster in itertools.product((2, 1), clusters):

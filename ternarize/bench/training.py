@@ -25,6 +25,7 @@ from ternarize.packing import unpack
 #: falls so close to an integer that the order of a float32 sum decides. About 1e-6 of them do, for normal operands.
 UPDATE_TOLERANCE = 1e-4
 
+
 def missing(stem: str, kernel: str) -> str | None:
     """Why there is no such kernel, or None."""
     return None if hasattr(torch.ops.ternarize, f"{stem}_{kernel}") else f"{kernel} has no kernel for {stem}"

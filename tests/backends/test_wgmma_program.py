@@ -176,8 +176,8 @@ def test_few_tokens_decode() -> None:
     from ternarize.backends.tilelang.linear import choose_tile
     from ternarize.backends.tilelang.linear_decode import DecodeTile
 
-    # More tokens where x takes less shared memory.
-    for K, few in ((4096, 16), (14336, 8)):
-        layers = (layer_shape(4096),)
+    # More where the rows are short, or many.
+    for N, K, few in ((64, 4096, 16), (4096, 14336, 16), (4095, 14336, 8)):
+        layers = (layer_shape(N),)
         assert isinstance(choose_tile(few, layers, K, 128, "float16"), DecodeTile)
         assert not isinstance(choose_tile(few + 1, layers, K, 128, "float16"), DecodeTile)

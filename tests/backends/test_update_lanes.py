@@ -13,19 +13,13 @@ from ternarize.backends.triton import update
 from ternarize.backends.triton.lanes import add_byte, add_lane, byte_over_lane, clamp_lanes, upper_lanes
 from ternarize.backends.triton.update_lanes import takes
 from ternarize.packing import pack
+from tests.backends.kit import DEVICES, skip_unless_triton_runs
 
 #: T_packed, T_accum, T_momentum and the stage.
 Planes = tuple[Tensor, Tensor, Tensor, Tensor]
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
 #: What an int8 may be of at the ends and in the middle.
 ENDS = (-128, -127, -126, -1, 0, 1, 126, 127)
-
-
-def skip_unless_it_runs(device: str) -> None:
-    if device == "cpu" and torch.cuda.is_available():
-        pytest.skip("Triton compiles here: it cannot run on the CPU")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -58,7 +52,7 @@ def word_of(lanes: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_bytes_and_lanes_are_what_their_names_say(device: str) -> None:
-    skip_unless_it_runs(device)
+    skip_unless_triton_runs(device)
     torch.manual_seed(0)
     a, b, c = torch.randint(-(2**31), 2**31, (3, 256))
     out = torch.empty(13, 256, dtype=torch.int32, device=device)
@@ -117,7 +111,7 @@ def random_planes(N: int, K: int, group_size: int, device: str) -> Planes:
 @pytest.mark.parametrize(("N", "K", "group_size"), [(16, 256, 128), (3, 48, 16), (3, 320, -1)])
 @pytest.mark.parametrize("lr", [0.0, 1e-3, 0.3, 1.5, 20.0, 64.6, 1e30])
 def test_a_step_of_any_size_is_that_of_the_reference(device: str, N: int, K: int, group_size: int, lr: float) -> None:
-    skip_unless_it_runs(device)
+    skip_unless_triton_runs(device)
     planes = random_planes(N, K, group_size, device)
     assert takes(*planes, update.quarter_of(K, group_size))
     for count in (1, 3, 127):

@@ -27,9 +27,9 @@ _UNIT = tl.constexpr(1 / 256)
 BLOCK = 64
 _PARTS = tl.constexpr(128)
 
-#: Elements a program of `normalisers`, and rows that it adds up at once: each takes the mean over all rows.
-_NORMALISED = 1024
-_ADDED = tl.constexpr(4096)
+#: Elements a program of `normalisers`, one a thread, and the most rows that it adds up at once: each program takes the
+#: mean over all rows, and each of its warps the logarithm of that.
+_NORMALISED, _ADDED = 512, 16384
 
 
 @triton.jit
@@ -41,20 +41,22 @@ def normalisers_kernel(
     N: tl.tensor,
     K: tl.tensor,
     BLOCK: tl.constexpr,
+    ADDED: tl.constexpr,
 ) -> None:
-    """BLOCK row or column factors of `reference.normalisers`."""
+    """BLOCK row or column factors of `reference.normalisers`, whose mean is added up from ADDED rows at a time."""
     programs = tl.cdiv(N, BLOCK)
     program = tl.program_id(0)
     if program < programs:
-        total = tl.zeros((_ADDED,), tl.float64)
-        for first in range(0, N, _ADDED):
-            n = first + tl.arange(0, _ADDED)
-            log2 = tl.load(row_log2 + n, mask=n < N, other=0).to(tl.float64) * _UNIT
-            total += tl.where(n < N, tl.exp2(log2), 0.0)
+        # Loaded first, for none of it to be waited for after the sum.
+        known = tl.load(row_log2) != _NO_STATISTICS
         n = program * BLOCK + tl.arange(0, BLOCK)
         log2 = tl.load(row_log2 + n, mask=n < N, other=0).to(tl.float64) * _UNIT
+        total = tl.zeros((ADDED,), tl.float64)
+        for first in range(0, N, ADDED):
+            row = first + tl.arange(0, ADDED)
+            row_square = tl.exp2(tl.load(row_log2 + row, mask=row < N, other=0).to(tl.float64) * _UNIT)
+            total += tl.where(row < N, row_square, 0.0)
         factor = tl.exp2(0.5 * (tl.log2(tl.sum(total, 0) / N) - log2)).to(tl.float32)
-        known = tl.load(row_log2) != _NO_STATISTICS
         tl.store(row_factor + n, tl.where(known, factor, 0.0), mask=n < N)
     else:
         k = (program - programs) * BLOCK + tl.arange(0, BLOCK)
@@ -201,7 +203,9 @@ def normalisers(row_log2: Tensor, col_log2: Tensor) -> tuple[Tensor, Tensor]:
         N,
         K,
         BLOCK=_NORMALISED,
-        num_warps=32,
+        # The next power of two. Exponentials take the time: none is of a row that is not there, where there are few.
+        ADDED=min(_ADDED, 1 << (N - 1).bit_length()),
+        num_warps=_NORMALISED // 32,
         enable_fp_fusion=False,
     )
     return row_factor, col_factor

@@ -146,7 +146,7 @@ for tile in update_tma.TILES:
     assert spilled_bytes(code) <= 128, spilled_bytes(code)
 
 sums: dict[str, Any] = {"BLOCK": 64}
-build(update_vectors.normalisers_kernel, BLOCK=1024)
+build(update_vectors.normalisers_kernel, BLOCK=512, ADDED=16384, options={"num_warps": 16})
 build(update_vectors.finish_stage_kernel, **sums)
 build(
     update_vectors.finish_stage_kernel,

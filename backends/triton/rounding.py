@@ -34,7 +34,8 @@ def philox(c0: tl.tensor, c1: tl.tensor, c2: tl.tensor, c3: tl.tensor, key0: tl.
 @triton.jit
 def load_key(rng: tl.tensor) -> tl.tuple:
     """Seed, layer and step as uint32: once, because no load passes a store."""
-    return tl.load(rng).to(tl.uint32), tl.load(rng + 1).to(tl.uint32), tl.load(rng + 2).to(tl.uint32)
+    halves = rng.to(tl.pointer_type(tl.uint32))
+    return tl.load(halves), tl.load(halves + 2), tl.load(halves + 4)
 
 
 @triton.jit

@@ -1,9 +1,9 @@
 """The integer update of `ternarize.backends.torch.update`, equal to it bit for bit where G is exact.
 
 A stage holds a tile of G = grad_yᵀ · x in registers and turns it into integers there: no float [N, K] exists. It is in
-`update_tma` for Hopper and in `update_plain` for everything else. `commit_kernel` steps and packs the trits. What is
-[N], [K] or [N, G] sized is in `update_vectors`. All are launched without fused multiply-add: a rounding follows, and a
-CPU and a GPU have to agree about it.
+`update_tma` for Hopper and in `update_plain` for everything else. `commit_kernel` steps and packs the trits; what it
+does on Hopper for most layers is in `update_lanes`. What is [N], [K] or [N, G] sized is in `update_vectors`. All are
+launched without fused multiply-add: a rounding follows, and a CPU and a GPU have to agree about it.
 """
 
 import functools
@@ -15,9 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ternarize.backends.torch import update as reference
-from ternarize.backends.triton import update_tma
+from ternarize.backends.triton import update_lanes, update_tma
 from ternarize.backends.triton.launch import ceil_div, launch
 from ternarize.backends.triton.rounding import clamp, commit_words, commit_words_apart, load_key, round_off
+from ternarize.backends.triton.update_lanes import commit_lanes, load_quarters, pull_of, step_of
 from ternarize.backends.triton.update_plain import stage_anywhere
 from ternarize.backends.triton.update_vectors import BLOCK, commit_vectors, finish_stage, normalisers, vector_programs
 from ternarize.packing import ROW
@@ -32,7 +33,6 @@ _RUN = tl.constexpr(4)
 
 _ONE = tl.constexpr(reference.ONE)
 _MOMENTUM_KEPT = tl.constexpr(reference.MOMENTUM_KEPT)
-_MAX_STEP = tl.constexpr(reference.MAX_STEP)
 
 
 @triton.jit
@@ -69,17 +69,6 @@ def step_sign(
     accum = round_off(accum * _ONE + staged * step, (words >> 16).to(tl.int32))
     turn = (accum >= bar).to(tl.int32) - (accum <= -bar).to(tl.int32)
     return clamp(T + turn, 1), clamp(tl.where(turn != 0, 0, accum), 127)
-
-
-@triton.jit
-def load_quarters(plane: tl.tensor, at: tl.tensor, inside: tl.tensor) -> tl.tuple:
-    """The weights of the lowest codes of some bytes of a plane, of the next and so on: int8, four times."""
-    return (
-        tl.load(plane + at[0], mask=inside[0]),
-        tl.load(plane + at[1], mask=inside[1]),
-        tl.load(plane + at[2], mask=inside[2]),
-        tl.load(plane + at[3], mask=inside[3]),
-    )
 
 
 @triton.jit
@@ -149,8 +138,7 @@ def commit_runs(
     # All is on its way. Without a barrier each load is moved down to where its value is needed, and waited for there.
     tl.debug_barrier()
     if active:
-        step = -tl.minimum(tl.floor(learning_rate * rate * _ONE + 0.5), _MAX_STEP).to(tl.int32)
-        pull = (2 * unit * (_ONE - _MOMENTUM_KEPT) + count) // (2 * count)
+        step, pull = step_of(learning_rate, rate), pull_of(unit, count)
         moved_codes = tl.zeros_like(codes)
         for i in tl.static_range(4):
             # Two shifts sign-extend a 2-bit code: it is two's complement.
@@ -211,8 +199,12 @@ def commit_kernel(
     RUNS: tl.constexpr,
     QUARTER: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
 ) -> None:
-    """A layer: the first ``vectors`` programs have a part of `commit_vectors` each, the others one of `commit_runs`."""
+    """A layer: the first ``vectors`` programs have a part of `commit_vectors` each, the others one of `commit_runs`.
+
+    With LANES that is done by `commit_lanes`.
+    """
     program, count = tl.program_id(0), tl.load(status + 1)
     active = (tl.load(refuse) == 0) & (count > 0)
     if program < vectors:
@@ -232,6 +224,24 @@ def commit_kernel(
             count,
             active,
             BLOCK,
+        )
+    elif LANES:
+        commit_lanes(
+            program - vectors,
+            T_packed,
+            T_accum,
+            T_momentum,
+            rng,
+            stage,
+            count,
+            active,
+            lr,
+            rate,
+            unit,
+            N,
+            K,
+            RUNS,
+            QUARTER,
         )
     else:
         commit_runs(
@@ -324,6 +334,7 @@ def update_commit(
     rate, bar = 1.0, threshold
     if rule == "factored":
         rate, bar = 2 * theta / unit, theta + (T_momentum is None)
+    quarter = quarter_of(K, group_size)
     vectors = vector_programs(stage_row, stage_col, stage_E)
     with torch.cuda.device_of(T_packed):
         launch(
@@ -357,8 +368,9 @@ def update_commit(
             vectors,
             FACTORED=rule == "factored",
             RUNS=COMMIT_RUNS,
-            QUARTER=quarter_of(K, group_size),
+            QUARTER=quarter,
             BLOCK=BLOCK,
+            LANES=rule == "factored" and update_lanes.takes(T_packed, T_accum, T_momentum, stage, quarter),
             num_warps=COMMIT_WARPS,
             enable_fp_fusion=False,
         )

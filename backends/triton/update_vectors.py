@@ -20,13 +20,16 @@ _NEW = tl.constexpr(1 - reference.STATISTICS_DECAY)
 _E_MIN = tl.constexpr(E_MIN)
 _E_MAX = tl.constexpr(E_MAX)
 
+#: What logarithms are in units of, a power of two: a division of float64 would be most of what a kernel here computes.
+_UNIT = tl.constexpr(1 / 256)
+
 #: Elements a program, and partial sums that it loads at once. Few, so that a vector keeps many SMs busy.
 BLOCK = 64
 _PARTS = tl.constexpr(128)
 
-#: Elements a program of `normalisers`, and rows that it adds up at once: each takes the mean over all rows.
-_NORMALISED = 1024
-_ADDED = tl.constexpr(4096)
+#: Elements a program of `normalisers`, one a thread, and the most rows that it adds up at once: each program takes the
+#: mean over all rows, and each of its warps the logarithm of that.
+_NORMALISED, _ADDED = 512, 16384
 
 
 @triton.jit
@@ -38,24 +41,26 @@ def normalisers_kernel(
     N: tl.tensor,
     K: tl.tensor,
     BLOCK: tl.constexpr,
+    ADDED: tl.constexpr,
 ) -> None:
-    """BLOCK row or column factors of `reference.normalisers`."""
+    """BLOCK row or column factors of `reference.normalisers`, whose mean is added up from ADDED rows at a time."""
     programs = tl.cdiv(N, BLOCK)
     program = tl.program_id(0)
     if program < programs:
-        total = tl.zeros((_ADDED,), tl.float64)
-        for first in range(0, N, _ADDED):
-            n = first + tl.arange(0, _ADDED)
-            log2 = tl.load(row_log2 + n, mask=n < N, other=0).to(tl.float64) / 256
-            total += tl.where(n < N, tl.exp2(log2), 0.0)
-        n = program * BLOCK + tl.arange(0, BLOCK)
-        log2 = tl.load(row_log2 + n, mask=n < N, other=0).to(tl.float64) / 256
-        factor = tl.exp2(0.5 * (tl.log2(tl.sum(total, 0) / N) - log2)).to(tl.float32)
+        # Loaded first, for none of it to be waited for after the sum.
         known = tl.load(row_log2) != _NO_STATISTICS
+        n = program * BLOCK + tl.arange(0, BLOCK)
+        log2 = tl.load(row_log2 + n, mask=n < N, other=0).to(tl.float64) * _UNIT
+        total = tl.zeros((ADDED,), tl.float64)
+        for first in range(0, N, ADDED):
+            row = first + tl.arange(0, ADDED)
+            row_square = tl.exp2(tl.load(row_log2 + row, mask=row < N, other=0).to(tl.float64) * _UNIT)
+            total += tl.where(row < N, row_square, 0.0)
+        factor = tl.exp2(0.5 * (tl.log2(tl.sum(total, 0) / N) - log2)).to(tl.float32)
         tl.store(row_factor + n, tl.where(known, factor, 0.0), mask=n < N)
     else:
         k = (program - programs) * BLOCK + tl.arange(0, BLOCK)
-        log2 = tl.load(col_log2 + k, mask=k < K, other=0).to(tl.float64) / 256
+        log2 = tl.load(col_log2 + k, mask=k < K, other=0).to(tl.float64) * _UNIT
         tl.store(col_factor + k, tl.exp2(-0.5 * log2).to(tl.float32), mask=k < K)
 
 
@@ -63,15 +68,18 @@ def normalisers_kernel(
 def add_parts(
     total: tl.tensor, parts: tl.tensor, first: tl.tensor, size: tl.tensor, tiles: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
-    """total[first : first + BLOCK] += the sum over the rows of parts [tiles, size]."""
+    """total[first : first + BLOCK] += the sum over the rows of parts [tiles, size], whose places fit int32."""
     at = first + tl.arange(0, BLOCK)
-    added = tl.zeros((_PARTS, BLOCK), tl.float32)
+    old = tl.load(total + at, mask=at < size, other=0.0)
+    part = tl.zeros((_PARTS, BLOCK), tl.float32)
+    added = part
     for tile in range(0, tiles, _PARTS):
+        # Parts are added a turn later. Else a thread waits for its first loads before it issues the others.
+        added += part
         rows = tile + tl.arange(0, _PARTS)
         mask = (rows < tiles)[:, None] & (at < size)[None, :]
-        added += tl.load(parts + rows.to(tl.int64)[:, None] * size + at[None, :], mask=mask, other=0.0)
-    old = tl.load(total + at, mask=at < size, other=0.0)
-    tl.store(total + at, old + tl.sum(added, 0), mask=at < size)
+        part = tl.load(parts + (rows * size)[:, None] + at[None, :], mask=mask, other=0.0)
+    tl.store(total + at, old + tl.sum(added + part, 0), mask=at < size)
 
 
 @triton.jit
@@ -87,11 +95,11 @@ def finish_stage_kernel(
     col_tiles: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Count a micro-batch and, if it has statistics, add the parts of its tiles to them."""
-    program = tl.program_id(0)
-    if program == 0:
+    """Program 0 counts a micro-batch. If that has statistics, the others add the parts of its tiles to them."""
+    program = tl.program_id(0) - 1
+    if program < 0:
         tl.store(status + 1, tl.load(status + 1) + 1)
-    if row_parts is not None:
+    elif row_parts is not None:
         programs = tl.cdiv(N, BLOCK)
         if program < programs:
             add_parts(stage_row, row_parts, program * BLOCK, N, row_tiles, BLOCK)
@@ -115,7 +123,7 @@ def merge_vector(
     if active:
         old = tl.load(log2 + at, mask=mask, other=0)
         new = tl.div_rn(tl.load(staged + at, mask=mask, other=0.0), samples).to(tl.float64)
-        merged = _DECAY * tl.exp2(old.to(tl.float64) / 256) + _NEW * new
+        merged = _DECAY * tl.exp2(old.to(tl.float64) * _UNIT) + _NEW * new
         merged = tl.maximum(tl.where(old == _NO_STATISTICS, new, merged), 1e-37)
         # No logarithm is a tie: how the reference rounds those does not matter.
         rounded = tl.floor(256 * tl.log2(merged) + 0.5)
@@ -195,7 +203,9 @@ def normalisers(row_log2: Tensor, col_log2: Tensor) -> tuple[Tensor, Tensor]:
         N,
         K,
         BLOCK=_NORMALISED,
-        num_warps=32,
+        # The next power of two. Exponentials take the time: none is of a row that is not there, where there are few.
+        ADDED=min(_ADDED, 1 << (N - 1).bit_length()),
+        num_warps=_NORMALISED // 32,
         enable_fp_fusion=False,
     )
     return row_factor, col_factor
@@ -214,7 +224,7 @@ def finish_stage(
     programs, N, K, row_tiles, col_tiles = 1, 0, 0, 0, 0
     if parts is not None:
         (row_tiles, N), (col_tiles, K) = parts[0].shape, parts[1].shape
-        programs = ceil_div(N, BLOCK) + ceil_div(K, BLOCK)
+        programs += ceil_div(N, BLOCK) + ceil_div(K, BLOCK)
     row, col = sums if sums is not None else (None, None)
     row_parts, col_parts = parts if parts is not None else (None, None)
     launch(

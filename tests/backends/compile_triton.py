@@ -107,15 +107,20 @@ commit: dict[str, Any] = {
 }
 whole: dict[str, Any] = {"QUARTER": 32, "aligned": ("K", "group_size")}
 fixed: dict[str, Any] = dict.fromkeys(("E_accum", "stage_E"))
-assert spilled_bytes(build(update.commit_kernel, FACTORED=True, **fixed, **whole, **commit)) == 0
 no_statistics: dict[str, Any] = dict.fromkeys(("row_log2", "col_log2", "stage_row", "stage_col"))
-code = build(update.commit_kernel, FACTORED=True, **fixed, **no_statistics, **whole, **commit)
-# Nothing is loaded or stored by single bytes.
-assert ".U8" not in "".join(line for line in code.splitlines() if "LDG" in line or "STG" in line)
-# All is loaded before the first of it is waited for.
-before, after = code.split("BAR.SYNC")
-assert before.count("LDG") > 12
-assert "LDG" not in after
+for LANES in (False, True):
+    assert spilled_bytes(build(update.commit_kernel, FACTORED=True, LANES=LANES, **fixed, **whole, **commit)) == 0
+    code = build(update.commit_kernel, FACTORED=True, LANES=LANES, **fixed, **no_statistics, **whole, **commit)
+    # Nothing is loaded or stored by single bytes.
+    assert ".U8" not in "".join(line for line in code.splitlines() if "LDG" in line or "STG" in line)
+    # All is loaded before the first of it is waited for, and no thread hands anything to another.
+    before, after = code.split("BAR.SYNC")
+    assert before.count("LDG") > 12
+    assert "LDG" not in after
+# Both weights of a word are clamped at once.
+assert "VIADDMNMX.S16x2.RELU" in code
+build(update.commit_kernel, FACTORED=True, LANES=True, **fixed, **commit, QUARTER=4, aligned=("K",))
+commit["LANES"] = False
 build(update.commit_kernel, FACTORED=True, T_momentum=None, **whole, **commit)
 build(update.commit_kernel, FACTORED=True, QUARTER=0, T_momentum=None, **commit)
 build(update.commit_kernel, FACTORED=False, T_momentum=None, **no_statistics, **whole, **commit)
@@ -141,7 +146,7 @@ for tile in update_tma.TILES:
     assert spilled_bytes(code) <= 128, spilled_bytes(code)
 
 sums: dict[str, Any] = {"BLOCK": 64}
-build(update_vectors.normalisers_kernel, BLOCK=1024)
+build(update_vectors.normalisers_kernel, BLOCK=512, ADDED=16384, options={"num_warps": 16})
 build(update_vectors.finish_stage_kernel, **sums)
 build(
     update_vectors.finish_stage_kernel,

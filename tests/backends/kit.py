@@ -22,8 +22,17 @@ BACKENDS = [
     pytest.param("triton", "cuda", id="triton-cuda", marks=pytest.mark.gpu),
 ]
 
+#: Where a Triton kernel runs that no op stands before.
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
 #: Relative error against float64 that a result rounded to this dtype may have.
 TOLERANCE = {torch.bfloat16: 2e-3, torch.float16: 5e-4, torch.float32: 1e-5}
+
+
+def skip_unless_triton_runs(device: str) -> None:
+    """Skip a test on the CPU where Triton compiles instead of interpreting."""
+    if device == "cpu" and torch.cuda.is_available():
+        pytest.skip("Triton compiles here: it cannot run on the CPU")
 
 
 @dataclasses.dataclass

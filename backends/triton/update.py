@@ -23,8 +23,7 @@ from ternarize.backends.triton.update_plain import stage_anywhere
 from ternarize.backends.triton.update_vectors import BLOCK, commit_vectors, finish_stage, normalisers, vector_programs
 from ternarize.packing import ROW
 
-#: Runs of a program of a commit, two a thread, and its warps. On an H100 a commit of 4096x4096 weights took 46 us, when
-#: it cleared the stage too, and 49 us with programs that stay, as many as an SM has room for.
+#: Runs of a program of a commit, two a thread, and its warps: the fastest of five on an H200 (docs/figures.md).
 COMMIT_RUNS, COMMIT_WARPS = 256, 4
 
 #: Neighbouring packed bytes of a run. Their weights are four words, a quarter of a group apart, and each word's four

@@ -96,6 +96,6 @@ def test_accelerate_prepares_accumulates_clips_schedules_and_steps(mode: Any) ->
             optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
-    assert float(optimizer.param_groups[-1]["lr"]) == pytest.approx(2.8 / 254)
+    assert float(optimizer.param_groups[-1]["lr"]) == pytest.approx(2 / 254)
     # A step for two micro-batches; an update inside backward for each.
     assert first.rng[2] == (40 if mode == "backward" else 20)

@@ -21,8 +21,8 @@ from ternarize.backends.triton.packed import group_scale, multiprocessors
 from ternarize.packing import ROW, WORKSPACE_BYTES, groups_per_row
 
 #: So many tokens or fewer take the kernels that decode in registers: beyond, their tiles grow (`linear.blocks`). With
-#: 64 tokens and 4096x4096 weights those took 108 µs on an H200, cuBLAS 12 µs (docs/figures.md); to write 34 MB of
-#: weights first takes about 10 µs.
+#: 64 tokens and 4096x4096 weights those took 108 µs on an H200, cuBLAS 12 µs (docs/figures-training.md); to write 34 MB
+#: of weights first takes about 10 µs.
 REGISTER_TOKENS = 16
 
 #: The tile of y that cuBLAS most often takes on Hopper: a strip should fill the SMs with a whole number of them.

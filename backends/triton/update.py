@@ -23,7 +23,8 @@ from ternarize.backends.triton.update_plain import stage_anywhere
 from ternarize.backends.triton.update_vectors import BLOCK, commit_vectors, finish_stage, normalisers, vector_programs
 from ternarize.packing import ROW
 
-#: Runs of a program of a commit, two a thread, and its warps: the fastest of five on an H200 (docs/figures.md).
+#: Runs of a program of a commit, two a thread, and its warps: the fastest of five pairs on an H200
+#: (docs/figures-training.md).
 COMMIT_RUNS, COMMIT_WARPS = 256, 4
 
 #: Neighbouring packed bytes of a run. Their weights are four words, a quarter of a group apart, and each word's four

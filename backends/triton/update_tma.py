@@ -44,7 +44,7 @@ class Tile(NamedTuple):
     PANEL: int
     """Rows of tiles that are taken together, column by column."""
     TERAFLOPS: float
-    """What an SM does with it, as measured on an H200 (docs/figures.md)."""
+    """What an SM does with it, as measured on an H200 (docs/figures-training.md)."""
 
 
 #: From large to small.

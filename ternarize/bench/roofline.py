@@ -63,7 +63,7 @@ def draw_roofline(path: Path, results: Sequence[Result], ceilings: Ceilings, tit
         for name, of_contender in _by_contender(timed, shape):
             _draw_contender(panel, name, of_contender, colours[name])
         panel.set(xscale="log", yscale="log", title=f"{shape[0]} x {shape[1]} (out x in features)")
-        panel.set(xlabel="operations a byte of weight, x and y", ylabel="TFLOP/s")
+        panel.set(xlabel="operations a byte of weight, x and y: from the fewest tokens to the most", ylabel="TFLOP/s")
         panel.grid(visible=True, which="major", alpha=0.3)
         panel.legend(loc="lower right", fontsize="small")
     for panel in panels[len(shapes) :]:
@@ -90,36 +90,26 @@ def _by_contender(results: Sequence[Result], shape: tuple[int, int]) -> Iterator
 def _draw_contender(panel: Any, name: str, results: Sequence[Result], colour: str) -> None:
     points = [_point(result) for result in results]
     panel.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour, label=name)
-    # The ends tell which way the tokens grow.
-    for place in dict.fromkeys((0, len(points) - 1)):
-        panel.annotate(
-            str(results[place].tokens), points[place], xytext=(4, -9), textcoords="offset points", fontsize="x-small"
-        )
+    panel.annotate(str(results[0].tokens), points[0], xytext=(4, -9), textcoords="offset points", fontsize="x-small")
 
 
 def _draw_roofs(panel: Any, ceilings: Ceilings, span: tuple[float, float], colours: dict[str, str]) -> None:
-    """A roof for each rate: the slope of memory up to where it meets the rate, flat from there on."""
+    """A roof for each rate: the slope of memory up to where it meets the rate, flat from there on.
+
+    The legend names them: rates may be too close for text beside the lines.
+    """
     first, last = span
     slope = ceilings.bytes_per_second / 1e12
     for name, flops_per_second in ceilings.flops_per_second.items():
         rate = flops_per_second / 1e12
         ridge = min(max(rate / slope, first), last)
         heights = [min(slope * at, rate) for at in (first, ridge, last)]
-        colour = colours.get(name, "black")
-        panel.plot((first, ridge, last), heights, linestyle="--", linewidth=1, color=colour, alpha=0.6)
-        panel.annotate(
-            f"{name} {rate:.0f} TFLOP/s",
-            (last, heights[-1]),
-            xytext=(0, 3),
-            textcoords="offset points",
-            horizontalalignment="right",
-            fontsize="x-small",
-            color=colour,
+        panel.plot(
+            (first, ridge, last),
+            heights,
+            linestyle="--",
+            linewidth=1,
+            color=colours.get(name, "black"),
+            alpha=0.6,
+            label=f"{slope:.2f} TB/s, {name} {rate:.0f} TFLOP/s",
         )
-    panel.annotate(
-        f"memory {slope:.2f} TB/s",
-        (first, slope * first),
-        xytext=(4, 10),
-        textcoords="offset points",
-        fontsize="x-small",
-    )

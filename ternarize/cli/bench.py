@@ -44,7 +44,7 @@ TOKENS = "1,4,16,64,256,1024,4096"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One sub-parser for each thing to measure, whose default ``measure`` fills in a report, cell by cell."""
     what = parser.add_subparsers(required=True, metavar="WHAT")
-    linear = what.add_parser("linear", help="one ternary layer beside dense products, over shapes and tokens")
+    linear = _add_parser(what, "linear", "one ternary layer beside dense products, over shapes and tokens")
     linear.set_defaults(measure=_linear)
     linear.add_argument(
         "--op",
@@ -76,15 +76,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_activation_argument(linear)
     linear.add_argument("--plot", type=Path, metavar="FILE", help="also draw a roofline picture, .png or .svg")
     add_output_arguments(linear)
-    decode = what.add_parser("decode", help="one token after the other: a whole ternary model beside a dense one")
+    decode = _add_parser(what, "decode", "one token after the other: a whole ternary model beside a dense one")
     bench_model.add_arguments(decode, "decode")
     add_output_arguments(decode)
-    prefill = what.add_parser("prefill", help="whole prompts: a whole ternary model beside a dense one")
+    prefill = _add_parser(what, "prefill", "whole prompts: a whole ternary model beside a dense one")
     bench_model.add_arguments(prefill, "prefill")
     add_output_arguments(prefill)
-    train = what.add_parser("train", help="training steps: a whole ternary model beside a dense one with AdamW")
+    train = _add_parser(what, "train", "training steps: a whole ternary model beside a dense one with AdamW")
     bench_train.add_arguments(train)
     add_output_arguments(train)
+
+
+def _add_parser(what: Any, name: str, meaning: str) -> argparse.ArgumentParser:
+    """A sub-parser that says what it is in the list of all and in its own help."""
+    parser: argparse.ArgumentParser = what.add_parser(name, help=meaning, description=meaning)
+    return parser
 
 
 def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:

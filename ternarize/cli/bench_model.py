@@ -36,6 +36,7 @@ FIT = "fit"
 def add_arguments(parser: argparse.ArgumentParser, work: Work) -> None:
     """Those of `decode` or `prefill`."""
     batch, prompt = DEFAULTS[work]
+    where = "to be read" if work == "prefill" else "in the cache already"
     parser.set_defaults(measure=measure, work=work, new_tokens=1)
     parser.add_argument(
         "--model", default="8b", help=f"shape: {', '.join(SHAPES)}, or a config.json of transformers (default 8b)"
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser, work: Work) -> None:
         type=positive_number,
         default=prompt,
         metavar="TOKENS",
-        help=f"tokens of each sequence, to be read or in the cache already (default {prompt})",
+        help=f"tokens of each sequence, {where} (default {prompt})",
     )
     if work == "decode":
         parser.add_argument(

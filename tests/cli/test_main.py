@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ternarize.checkpoint import convert
-from ternarize.cli import FAILURE, INTERRUPTED, USAGE, main
+from ternarize.cli import FAILURE, INTERRUPTED, OK, USAGE, main
 from ternarize.config import TernaryConfig
 
 
@@ -33,6 +33,23 @@ def test_without_a_verb_the_help_is_named(capsys: pytest.CaptureFixture[str]) ->
     error = capsys.readouterr().err
     assert "see ternarize --help" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("sub_verb", "meaning"),
+    [
+        ("linear", "one ternary layer beside dense products"),
+        ("decode", "one token after the other"),
+        ("prefill", "whole prompts"),
+        ("train", "training steps"),
+    ],
+)
+def test_the_help_of_a_bench_says_what_it_measures(
+    sub_verb: str, meaning: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match=str(OK)):
+        main(["bench", sub_verb, "--help"])
+    assert meaning in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ from ternarize import kept
 from ternarize.activation import quantize_activation
 from ternarize.config import Kernels
 from ternarize.errors import ShapeError, TernarizeError
-from ternarize.packing import dequantize as _dequantize
+from ternarize.packing import dequantize
 
 BACKENDS = ("tilelang", "triton", "torch")
 
@@ -299,12 +299,6 @@ _define(
 )
 
 
-def _dequantize_eager(
-    T_packed: Tensor, E: Tensor, E_mantissa: Tensor | None, in_features: int, group_size: int, dtype: torch.dtype
-) -> Tensor:
-    return _dequantize(T_packed, E, E_mantissa, in_features, group_size, dtype)
-
-
 def _dequantize_fake(
     T_packed: Tensor, E: Tensor, E_mantissa: Tensor | None, in_features: int, group_size: int, dtype: torch.dtype
 ) -> Tensor:
@@ -314,7 +308,7 @@ def _dequantize_fake(
 _define(
     "dequantize",
     "(Tensor T_packed, Tensor E, Tensor? E_mantissa, int in_features, int group_size, ScalarType dtype) -> Tensor",
-    _dequantize_eager,
+    dequantize,
     _dequantize_fake,
 )
 

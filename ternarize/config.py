@@ -72,6 +72,11 @@ class TernaryConfig:
         """Whether a trainable layer keeps E_accum and steps E by it."""
         return self.rule == "sign" if self.train_exponents is None else self.train_exponents
 
+    @property
+    def form(self) -> str:
+        """What a trainable layer's state is: `int8` or `int4` under `factored`, `sign`."""
+        return "sign" if self.rule == "sign" else self.accumulator
+
 
 def environment(name: str, old_name: str, default: str) -> str:
     """The value of an environment variable that has an older name with the same meaning.

@@ -269,8 +269,7 @@ def _optimizer(model: nn.Module, task: Task) -> torch.optim.Optimizer:
     config = task.ternary
     if config is None:
         return torch.optim.AdamW(model.parameters(), lr=FLOAT_LR, fused=True)
-    form = "sign" if config.rule == "sign" else config.accumulator
-    update = {"lr": RATE * DEFAULT_LR[form], "apply": task.apply, "skip_nonfinite": True}
+    update = {"lr": RATE * DEFAULT_LR[config.form], "apply": task.apply, "skip_nonfinite": True}
     return build_optimizer(model, torch.optim.AdamW, lr=FLOAT_LR, fused=True, ternary=update)
 
 

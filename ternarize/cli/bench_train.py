@@ -93,10 +93,13 @@ def _plan(arguments: argparse.Namespace, device: torch.device) -> Plan:
     contenders: dict[str, tuple[TernaryConfig | None, Kernels, str]] = {DENSE: (None, "auto", "step")}
     for accumulator in _accumulators(arguments):
         ternary = ternary_config(arguments, rule=arguments.rule, accumulator=accumulator)
-        form = accumulator if ternary.rule == "factored" else ternary.rule
         for kernels in arguments.kernels:
             for apply in arguments.apply:
-                contenders[f"{kernels} {form}{'' if apply == 'step' else f' {apply}'}"] = (ternary, kernels, apply)
+                contenders[f"{kernels} {ternary.form}{'' if apply == 'step' else f' {apply}'}"] = (
+                    ternary,
+                    kernels,
+                    apply,
+                )
     return Plan(
         config=with_layers(config, arguments.layers or config["num_hidden_layers"]),
         contenders=contenders,

@@ -218,6 +218,20 @@ def test_config_and_arguments_that_disagree_are_refused() -> None:
         ternarize(linear, init="median")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"planes": 4}, "planes=4 is unknown: use one of 1, 2, 3"),
+        ({"rule": "adam"}, "rule='adam' is unknown: use one of factored, sign"),
+        ({"accumulator": "int2"}, "accumulator='int2' is unknown: use one of int8, int4"),
+        ({"rule": "sign", "accumulator": "int4"}, "accumulator='int4' is a form of the 'factored' rule"),
+    ],
+)
+def test_a_config_that_means_nothing_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TernaryConfig(**fields)
+
+
 def test_trainable_is_kept_per_layer_and_several_planes_are_for_inference() -> None:
     linear = nn.Linear(64, 8)
     for config, trainable, expected in (

@@ -23,7 +23,6 @@ class TernaryConfig:
 
     Raises:
         ConfigError: for a value or a combination that means nothing.
-        ShapeError: for a group size that is no multiple of 4.
     """
 
     group_size: int = 128

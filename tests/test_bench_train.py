@@ -382,7 +382,7 @@ def test_a_wrong_step_fails_the_run(
         (["--apply", "never"], "'never' is not among modes"),
         (["--accumulator", "int16"], "'int16' is not among accumulators"),
         (["--rule", "sign", "--accumulator", "int4"], "accumulator='int4' is a form of the 'factored' rule"),
-        (["--group-size", "3"], "--group-size"),
+        (["--group-size", "3"], "group_size 3 is not a positive multiple of 4"),
         (["--model", "9b"], "--model '9b'"),
         (["--device", "tpu"], "'tpu' is no device"),
         (["--device", "cpu", "--trace-memory"], "--trace-memory reads the history of a GPU's allocator"),

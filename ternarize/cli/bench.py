@@ -21,11 +21,11 @@ from ternarize.cli.bench_arguments import (
     names_of,
     positive_numbers,
     seconds,
-    ternary_config,
 )
 from ternarize.cli.bench_rows import finite, number
 from ternarize.cli.machine import describe, versions
 from ternarize.cli.output import Interrupted, Output
+from ternarize.config import TernaryConfig
 from ternarize.errors import ConfigError
 from ternarize.evaluate import default_device
 
@@ -121,7 +121,7 @@ def _shapes(text: str) -> tuple[tuple[int, int], ...]:
 def _linear(arguments: argparse.Namespace, output: Output, device: torch.device, report: dict[str, Any]) -> None:
     plan = Plan(
         tokens=arguments.tokens,
-        config=ternary_config(arguments, planes=arguments.planes),
+        config=TernaryConfig(group_size=arguments.group_size, planes=arguments.planes),
         dtype=DTYPES[arguments.dtype],
         kernels=arguments.kernels,
         op=arguments.op,

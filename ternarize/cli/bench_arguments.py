@@ -3,12 +3,11 @@
 import argparse
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar, get_args
+from typing import TypeVar, get_args
 
 import torch
 
-from ternarize.config import Activation, Kernels, TernaryConfig
-from ternarize.errors import ConfigError, ShapeError
+from ternarize.config import Activation, Kernels
 
 Name = TypeVar("Name", bound=str)
 
@@ -49,19 +48,6 @@ def add_activation_argument(parser: argparse.ArgumentParser) -> None:
         metavar="NAME,...",
         help="how ternary layers take x: float, int8 (default float)",
     )
-
-
-def ternary_config(arguments: argparse.Namespace, **fields: Any) -> TernaryConfig:
-    """The configuration of ``--group-size`` and other fields.
-
-    Raises:
-        ConfigError: for a group size, or a combination, that means nothing.
-    """
-    try:
-        return TernaryConfig(group_size=arguments.group_size, **fields)
-    except ShapeError as error:
-        # Here a wrong group size is a wrong call.
-        raise ConfigError(f"--group-size: {error}") from None
 
 
 def positive_numbers(text: str) -> tuple[int, ...]:

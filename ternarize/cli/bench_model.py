@@ -20,7 +20,6 @@ from ternarize.cli.bench_arguments import (
     positive_number,
     positive_numbers,
     seconds,
-    ternary_config,
 )
 from ternarize.cli.bench_rows import end_if_interrupted, finite, number, outcome, times
 from ternarize.cli.output import Output
@@ -98,7 +97,7 @@ def _plan(arguments: argparse.Namespace, device: torch.device) -> Plan:
     config, dtype = model_config(arguments.model), DTYPES[arguments.dtype]
     contenders: dict[str, tuple[TernaryConfig | None, Kernels]] = {DENSE: (None, "auto")}
     for activation in arguments.activation:
-        ternary = ternary_config(arguments, planes=arguments.planes, activation=activation)
+        ternary = TernaryConfig(group_size=arguments.group_size, planes=arguments.planes, activation=activation)
         for kernels in arguments.kernels:
             name = f"ternary {kernels}" if activation == "float" else f"ternary {kernels} {activation}"
             contenders[name] = (ternary, kernels)

@@ -18,7 +18,6 @@ from ternarize.cli.bench_arguments import (
     names_of,
     positive_number,
     seconds,
-    ternary_config,
 )
 from ternarize.cli.bench_rows import end_if_interrupted, finite, number, outcome, times
 from ternarize.cli.machine import device_argument
@@ -90,7 +89,7 @@ def _plan(arguments: argparse.Namespace, device: torch.device) -> Plan:
     config = model_config(arguments.model)
     contenders: dict[str, tuple[TernaryConfig | None, Kernels, Apply]] = {DENSE: (None, "auto", "step")}
     for accumulator in _accumulators(arguments):
-        ternary = ternary_config(arguments, rule=arguments.rule, accumulator=accumulator)
+        ternary = TernaryConfig(group_size=arguments.group_size, rule=arguments.rule, accumulator=accumulator)
         for kernels in arguments.kernels:
             for apply in arguments.apply:
                 name = f"{kernels} {ternary.form}{'' if apply == 'step' else f' {apply}'}"

@@ -13,7 +13,7 @@ from ternarize.checkpoint import ConversionReport, convert
 from ternarize.checkpoint.source import read_config
 from ternarize.cli.output import Output
 from ternarize.config import Activation, Init, TernaryConfig
-from ternarize.errors import CheckpointError, ConfigError, ShapeError
+from ternarize.errors import CheckpointError, ConfigError
 
 HELP = "convert a checkpoint to packed ternary weights"
 
@@ -75,16 +75,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
     """Run the verb."""
-    try:
-        config = TernaryConfig(
-            planes=arguments.planes,
-            group_size=arguments.group_size,
-            init=arguments.init,
-            activation=arguments.activation,
-        )
-    except ShapeError as error:
-        # Here a wrong group size is a wrong call.
-        raise ConfigError(f"--group-size: {error}") from None
+    config = TernaryConfig(
+        planes=arguments.planes,
+        group_size=arguments.group_size,
+        init=arguments.init,
+        activation=arguments.activation,
+    )
     text = None if arguments.eval is None else _read_text(arguments.eval)
     report = _convert(arguments, config, output)
     _print(report, output)

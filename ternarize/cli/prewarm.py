@@ -16,7 +16,7 @@ from ternarize.backends.tilelang import CAPABILITY, WITHOUT_NVCC, finds_nvcc
 from ternarize.calls import Call, calls_of_folder, calls_of_shapes
 from ternarize.cli.output import Output
 from ternarize.config import Activation, TernaryConfig, kernels_policy
-from ternarize.errors import ConfigError, ShapeError
+from ternarize.errors import ConfigError
 from ternarize.prewarm import Built, PlannedCall, build_all, default_jobs, plan_call, warm_triton
 
 if TYPE_CHECKING:
@@ -107,13 +107,7 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
 
 
 def _calls(arguments: argparse.Namespace) -> list[Call]:
-    try:
-        config = TernaryConfig(
-            planes=arguments.planes, group_size=arguments.group_size, activation=arguments.activation
-        )
-    except ShapeError as error:
-        # Here a wrong group size is a wrong call.
-        raise ConfigError(f"--group-size: {error}") from None
+    config = TernaryConfig(planes=arguments.planes, group_size=arguments.group_size, activation=arguments.activation)
     if Path(arguments.target).exists():
         return calls_of_folder(Path(arguments.target), config)
     try:

@@ -11,7 +11,7 @@ from ternarize.api import is_ternary
 from ternarize.cli.machine import describe, device_argument
 from ternarize.cli.output import Output
 from ternarize.config import Accumulator
-from ternarize.errors import ConfigError, ShapeError
+from ternarize.errors import ConfigError
 from ternarize.evaluate import default_device, require_transformers
 from ternarize.layer import ternary_layers
 from ternarize.train.curves import draw_curves, read_log
@@ -133,7 +133,7 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
 
 
 def _start(arguments: argparse.Namespace, folder: RunFolder, source: Source, device: torch.device) -> Trainer:
-    settings = _settings(arguments)
+    settings = TrainSettings(**{name: getattr(arguments, name) for name in TrainSettings.__dataclass_fields__})
 
     def model_config(vocabulary: int) -> Any:
         if arguments.model is not None:
@@ -150,14 +150,6 @@ def _start(arguments: argparse.Namespace, folder: RunFolder, source: Source, dev
         skip_nonfinite=arguments.skip_nonfinite,
         resume=arguments.resume,
     )
-
-
-def _settings(arguments: argparse.Namespace) -> TrainSettings:
-    try:
-        return TrainSettings(**{name: getattr(arguments, name) for name in TrainSettings.__dataclass_fields__})
-    except ShapeError as error:
-        # Here a wrong group size is a wrong call.
-        raise ConfigError(f"--group-size: {error}") from None
 
 
 def _introduction(trainer: Trainer) -> str:

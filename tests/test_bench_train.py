@@ -377,7 +377,7 @@ def test_a_wrong_step_fails_the_run(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ctx", "1,2"], "more than one number"),
+        (["--ctx", "1,2"], "'1,2' is no positive number"),
         (["--kernels", "cuda"], "'cuda' is not among kernels"),
         (["--apply", "never"], "'never' is not among modes"),
         (["--accumulator", "int16"], "'int16' is not among accumulators"),

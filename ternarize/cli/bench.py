@@ -14,7 +14,7 @@ from ternarize.bench.ceilings import Ceilings, measure_ceilings
 from ternarize.bench.linear import Op, Plan, Result, dense_seconds, measure_shape
 from ternarize.bench.roofline import check_picture, draw_roofline
 from ternarize.cli import add_output_arguments, bench_model, bench_train
-from ternarize.cli.bench_arguments import (
+from ternarize.cli.arguments import (
     DTYPES,
     add_activation_argument,
     add_layer_arguments,

@@ -12,7 +12,7 @@ from ternarize.bench.llama import SHAPES, layers_that_fit, model_config, with_la
 from ternarize.bench.model import Plan, Result, measure_batch
 from ternarize.bench.step import Work
 from ternarize.bench.turns import DENSE
-from ternarize.cli.bench_arguments import (
+from ternarize.cli.arguments import (
     DTYPES,
     add_activation_argument,
     add_kernels_argument,

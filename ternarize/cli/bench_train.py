@@ -12,7 +12,7 @@ from ternarize.bench.llama import SHAPES, model_config, with_layers
 from ternarize.bench.train import Plan, measure_training, teraflops
 from ternarize.bench.train_step import Ready
 from ternarize.bench.turns import DENSE, Result
-from ternarize.cli.bench_arguments import (
+from ternarize.cli.arguments import (
     add_group_size_argument,
     add_kernels_argument,
     names_of,

@@ -41,6 +41,12 @@ def cause_of(error: BaseException) -> BaseException:
     return error
 
 
+def one_line(error: BaseException) -> str:
+    """What an error of others is and says, as far as that fits a line."""
+    first, *_ = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {first[:200]}"
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is full: `ternarize.cli.main` reports those, whatever was being done."""
     # On the CPU it is a plain RuntimeError.

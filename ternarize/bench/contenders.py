@@ -18,6 +18,7 @@ from ternarize.activation import dequantize_activation, quantize_activation
 from ternarize.backends.select import facts_of, verify
 from ternarize.bench.timing import copies_needed
 from ternarize.config import Activation, TernaryConfig
+from ternarize.errors import one_line
 from ternarize.layer import TernaryLinear
 from ternarize.packing import ROW, exp2_exact, expand_groups, groups_per_row, largest_level
 
@@ -230,7 +231,7 @@ def _gemlite(layer: TernaryLinear, weight: Tensor, levels: Tensor) -> Contender:
         theirs = GemLiteLinearTriton(2, group_size, K, N, input_dtype=dtype, output_dtype=dtype)
         theirs.pack((levels + 1).to(torch.uint8), scales, torch.ones_like(scales))
     except Exception as error:  # a package of others must not end the run of everything else
-        reason = f"GemLite did not take the layer: {type(error).__name__}: {error}"
+        reason = f"GemLite did not take the layer: {one_line(error)}"
         return dataclasses.replace(contender, refusal=lambda _: reason)
     facts: list[int] = theirs.get_meta_args()
 

@@ -22,9 +22,9 @@ from ternarize.cli.arguments import (
     positive_numbers,
     seconds,
 )
-from ternarize.cli.bench_rows import finite, number
+from ternarize.cli.bench_rows import number
 from ternarize.cli.machine import describe, versions
-from ternarize.cli.output import Interrupted, Output
+from ternarize.cli.output import Interrupted, Output, finite
 from ternarize.config import TernaryConfig
 from ternarize.errors import ConfigError
 from ternarize.evaluate import default_device

@@ -21,8 +21,8 @@ from ternarize.cli.arguments import (
     positive_numbers,
     seconds,
 )
-from ternarize.cli.bench_rows import end_if_interrupted, finite, number, outcome, times
-from ternarize.cli.output import Output
+from ternarize.cli.bench_rows import end_if_interrupted, number, outcome, times
+from ternarize.cli.output import Output, finite
 from ternarize.config import Kernels, TernaryConfig
 from ternarize.errors import ConfigError
 

@@ -19,9 +19,9 @@ from ternarize.cli.arguments import (
     positive_number,
     seconds,
 )
-from ternarize.cli.bench_rows import end_if_interrupted, finite, number, outcome, times
+from ternarize.cli.bench_rows import end_if_interrupted, number, outcome, times
 from ternarize.cli.machine import device_argument
-from ternarize.cli.output import Output
+from ternarize.cli.output import Output, finite
 from ternarize.config import Accumulator, Kernels, Rule, TernaryConfig
 from ternarize.errors import ConfigError
 from ternarize.layer import Apply

@@ -131,6 +131,7 @@ def start(
             write_tokens(partial, source.texts, source.validation, source.tokenizer and tokenizer)
             open_tokens(partial, tokenizer).check(settings.ctx)
             write_json(partial / RUN_FILE, {**description, "tokens": fingerprints(partial)})
+    # The others wait for the first one's files.
     replicas.any(False, device)
     trainer = Trainer(
         model, settings, open_tokens(folder.path, tokenizer), compiled=compiled, skip_nonfinite=skip_nonfinite

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import ternarize as package
 from ternarize import TernaryConfig, TernaryLinear, dequantize, freeze, ternarize
-from ternarize.api import is_ternary, ternary_parameters
+from ternarize.api import is_ternary
 from ternarize.errors import ConfigError, ConversionError
 from ternarize.layer import ternary_layers
 from tests.kit import Block, report_of, skipped, swapped
@@ -314,21 +314,8 @@ def test_inplace_false_copies_all_but_the_swapped_weights(monkeypatch: pytest.Mo
 def test_freeze_drops_training_state_everywhere() -> None:
     model = ternarize(Block())
     assert freeze(model) is model
-    assert {name.rpartition(".")[2] for name, _ in ternary_parameters(model)} == {
-        "T_packed",
-        "E",
-        "bias",
-        "bias_exponent",
-    }
-
-
-def test_ternary_parameters_are_the_integers_of_ternary_layers_by_qualified_name() -> None:
-    model = ternarize(Block())
-    found = dict(ternary_parameters(model))
-    named = dict(model.named_parameters())
-    assert found.keys() == {name for name in named if name.startswith("experts.")}
-    assert all(parameter is named[name] for name, parameter in found.items())
-    assert dict(ternary_parameters(nn.Linear(4, 4))) == {}
+    left = {name for _, layer in ternary_layers(model) for name, _ in layer.named_parameters()}
+    assert left == {"T_packed", "E", "bias", "bias_exponent"}
 
 
 def test_dequantised_layers_can_be_made_ternary_again_with_the_same_weights() -> None:

@@ -211,15 +211,13 @@ def normalisers(row_log2: Tensor, col_log2: Tensor) -> tuple[Tensor, Tensor]:
     return row_factor, col_factor
 
 
-def finish_stage(
-    status: Tensor, sums: tuple[Tensor, Tensor] | None = None, parts: tuple[Tensor, Tensor] | None = None
-) -> None:
+def finish_stage(status: Tensor, sums: tuple[Tensor, Tensor] | None, parts: tuple[Tensor, Tensor] | None) -> None:
     """Count a micro-batch, after its tiles, and add what they found of rows and columns.
 
     Args:
         status: int32 [2].
-        sums: stage_row float32 [N] and stage_col float32 [K].
-        parts: float32 [tiles, N] and [tiles, K], to be added to them.
+        sums: stage_row float32 [N] and stage_col float32 [K]; None for a rule without statistics.
+        parts: float32 [tiles, N] and [tiles, K], to be added to them; None likewise.
     """
     programs, N, K, row_tiles, col_tiles = 1, 0, 0, 0, 0
     if parts is not None:

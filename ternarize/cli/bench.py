@@ -13,6 +13,7 @@ from ternarize import ops
 from ternarize.bench.ceilings import Ceilings, measure_ceilings
 from ternarize.bench.linear import Op, Plan, Result, dense_seconds, measure_shape
 from ternarize.bench.roofline import check_picture, draw_roofline
+from ternarize.calls import shape_of
 from ternarize.cli import add_output_arguments, bench_model, bench_train
 from ternarize.cli.arguments import (
     DTYPES,
@@ -109,13 +110,10 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
 
 
 def _shapes(text: str) -> tuple[tuple[int, int], ...]:
-    shapes = []
-    for part in text.split(","):
-        sides = part.split("x")
-        if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
-            raise argparse.ArgumentTypeError(f"{part!r} is no shape: write out x in features, as in 14336x4096")
-        shapes.append((int(sides[0]), int(sides[1])))
-    return tuple(shapes)
+    try:
+        return tuple(shape_of(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _linear(arguments: argparse.Namespace, output: Output, device: torch.device, report: dict[str, Any]) -> None:

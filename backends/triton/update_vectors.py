@@ -1,8 +1,9 @@
 """The part of an update that is not one integer a weight: statistics [N] and [K], exponents [N, G], the count.
 
-A dozen kernels of the reference are one here: in float64, as there, and equal to it. Programs are numbered over the
-rows first, then over the columns, then over the exponents. Nothing is added by atomics: what several tiles have found
-of a row lies in a buffer, a row of it each, and is added in the order of tiles.
+A dozen kernels of the reference are three here, one of them a part of the commit: in float64, as there, and equal to
+it, but that the mean of `normalisers` is added up in another order, which may change a last bit of float32. Programs
+are numbered over the rows first, then over the columns, then over the exponents. Nothing is added by atomics: what
+several tiles have found of a row lies in a buffer, a row of it each, and is added in the order of tiles.
 """
 
 import torch

@@ -76,6 +76,14 @@ def copies_of(device: torch.device, *weight: Tensor) -> list[tuple[Tensor, ...]]
     return [weight, *(tuple(tensor.clone() for tensor in weight) for _ in range(more))]
 
 
+def refusal_of(stem: str, kernel: str, arguments: tuple[object, ...]) -> str | None:
+    """Why a backend cannot run a call of the lowered op ``stem``, or None."""
+    if not hasattr(torch.ops.ternarize, f"{stem}_{kernel}"):
+        return f"{kernel} has no kernel for {stem}"
+    ok, reason = verify(kernel, stem, facts_of(stem, arguments))
+    return None if ok else reason
+
+
 def _runs_anywhere(_: Tensor) -> str | None:
     return None
 
@@ -171,8 +179,7 @@ def _kernel(
         return outputs[0]
 
     def refusal(x: Tensor) -> str | None:
-        ok, reason = verify(name, stem, facts_of(stem, arguments(x, *copies[0])))
-        return None if ok else reason
+        return refusal_of(stem, name, arguments(x, *copies[0]))
 
     plain = Contender(name, DENSE, weight, copies, multiply, same, refusal, TOLERANCE[weight.dtype])
     if activation == "float":

@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import fx, nn
@@ -148,12 +148,6 @@ def freeze(model: nn.Module) -> nn.Module:
 def is_ternary(model: nn.Module) -> bool:
     """Whether any layer of the model is ternary."""
     return next(ternary_layers(model), None) is not None
-
-
-def ternary_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Qualified names and integer parameters of every ternary layer, each once."""
-    for name, layer in ternary_layers(model):
-        yield from layer.named_parameters(prefix=name)
 
 
 def _resolve(config: TernaryConfig | None, group_size: int, init: Init) -> TernaryConfig:

@@ -99,13 +99,23 @@ def calls_of_shapes(text: str, config: TernaryConfig) -> list[Call]:
     return _distinct([_call(part, config) for part in text.split(",")])
 
 
+def shape_of(text: str) -> tuple[int, int]:
+    """N and K of a shape such as 4096x4096.
+
+    Raises:
+        ValueError: for anything else, with a message of one line.
+    """
+    sides = text.split("x")
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise ValueError(f"{text!r} is no shape: write out x in features, as in 14336x4096")
+    return int(sides[0]), int(sides[1])
+
+
 def _call(text: str, config: TernaryConfig) -> Call:
     layers = []
     for part in text.split("+"):
-        sides = part.split("x")
-        if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
-            raise ValueError(f"{part!r} is no shape: write out x in features, as in 14336x4096")
-        layers.append(PackedLayer(config, in_features=int(sides[1]), out_features=int(sides[0])))
+        N, K = shape_of(part)
+        layers.append(PackedLayer(config, in_features=K, out_features=N))
     if len({layer.in_features for layer in layers}) > 1:
         raise ValueError(f"{text!r} joins layers of different in_features, which cannot share their input")
     return tuple(layers)

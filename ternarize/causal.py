@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ternarize.errors import CheckpointError, TernarizeError
+from ternarize.errors import CheckpointError, TernarizeError, out_of_memory
 
 #: Tokens that a model is tried on, if it has as many positions.
 TRIED = 8
@@ -50,10 +50,10 @@ def require_causal(model: nn.Module) -> None:
         batch[1, -1] = 0
         with torch.no_grad():
             logits = model(input_ids=batch, use_cache=False).logits.float()
-    except TernarizeError:
-        raise
     # Models of a hundred architectures raise whatever comes to them.
     except Exception as error:
+        if isinstance(error, TernarizeError) or out_of_memory(error):
+            raise
         raise CheckpointError(
             f"{name} gives no logits for tokens alone ({error}): mend its config, or give a decoder language model"
         ) from error

@@ -23,7 +23,6 @@ class TernaryConfig:
 
     Raises:
         ConfigError: for a value or a combination that means nothing.
-        ShapeError: for a group size that is no multiple of 4.
     """
 
     group_size: int = 128
@@ -57,13 +56,12 @@ class TernaryConfig:
             ("init", get_args(Init)),
             ("activation", get_args(Activation)),
             ("rule", get_args(Rule)),
+            ("accumulator", get_args(Accumulator)),
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(map(str, choices))}"
                 )
-        if self.accumulator not in get_args(Accumulator):
-            raise ConfigError(f"accumulator={self.accumulator!r} is unknown: use 'int8' or 'int4'")
         if self.rule == "sign" and self.accumulator == "int4":
             raise ConfigError("accumulator='int4' is a form of the 'factored' rule: drop it, or use rule='factored'")
 
@@ -72,9 +70,14 @@ class TernaryConfig:
         """Whether a trainable layer keeps E_accum and steps E by it."""
         return self.rule == "sign" if self.train_exponents is None else self.train_exponents
 
+    @property
+    def form(self) -> str:
+        """What a trainable layer's state is: `int8` or `int4` under `factored`, `sign`."""
+        return "sign" if self.rule == "sign" else self.accumulator
 
-def environment(name: str, old_name: str, default: str) -> str:
-    """The value of an environment variable that has an older name with the same meaning.
+
+def environment(name: str, old_name: str, default: str) -> tuple[str, str]:
+    """An environment variable that has an older name with the same meaning: the name that is set, and its value.
 
     Raises:
         ConfigError: if both are set and differ.
@@ -82,7 +85,9 @@ def environment(name: str, old_name: str, default: str) -> str:
     value, old = os.environ.get(name), os.environ.get(old_name)
     if value is not None and old is not None and value != old:
         raise ConfigError(f"{name}={value!r} and {old_name}={old!r} mean the same and differ: unset one of them")
-    return value if value is not None else old if old is not None else default
+    if value is None and old is not None:
+        return old_name, old
+    return name, default if value is None else value
 
 
 def kernels_policy(value: str | None = None) -> Kernels:
@@ -91,8 +96,9 @@ def kernels_policy(value: str | None = None) -> Kernels:
     Raises:
         ConfigError: for anything but auto, tilelang, triton and torch.
     """
-    source = "options={'kernels': ...}" if value is not None else "TERNARIZE_BACKEND"
-    chosen = value if value is not None else environment("TERNARIZE_BACKEND", "ARB_TERNARY_BACKEND", "auto")
+    source, chosen = "options={'kernels': ...}", value
+    if chosen is None:
+        source, chosen = environment("TERNARIZE_BACKEND", "ARB_TERNARY_BACKEND", "auto")
     for choice in get_args(Kernels):
         if chosen == choice:
             return choice  # type: ignore[no-any-return]  # get_args is untyped
@@ -127,9 +133,9 @@ def flag(name: str, old_name: str, *, default: bool) -> bool:
     Raises:
         ConfigError: for any other value.
     """
-    value = environment(name, old_name, "1" if default else "0")
+    source, value = environment(name, old_name, "1" if default else "0")
     if value not in ("0", "1"):
-        raise ConfigError(f"{name} is {value!r}: use 0 or 1")
+        raise ConfigError(f"{source} is {value!r}: use 0 or 1")
     return value == "1"
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ternarize.backends.torch.update import NONFINITE_GRADIENT, NONFINITE_LOSS, NONFINITE_OUTPUT
 from ternarize.errors import ConfigError
 from ternarize.layer import TernaryLinear, ternary_layers
 
@@ -28,8 +29,8 @@ PIECE = 8 * 2**20
 #: The word of ``rng`` that tells layers apart holds the layer in its low half and the rank in its high one.
 RANK_SHIFT = 16
 
-#: Of `Replicas.union`: as many as `ternarize.backends.torch.update` has.
-_BITS = (1, 2, 4)
+#: Of `Replicas.union`.
+_BITS = (NONFINITE_OUTPUT, NONFINITE_GRADIENT, NONFINITE_LOSS)
 
 
 def keep_out_of_ddp(model: nn.Module) -> None:

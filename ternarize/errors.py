@@ -1,5 +1,7 @@
 """What ternarize raises. Every message says what was got, what is needed and what to do about it."""
 
+import torch
+
 
 class TernarizeError(Exception):
     """Base of every error that ternarize raises on purpose."""
@@ -37,3 +39,15 @@ def cause_of(error: BaseException) -> BaseException:
     while isinstance(error, BackendCompilerFailed):
         error = error.inner_exception
     return error
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of others is and says, as far as that fits a line."""
+    first, *_ = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {first[:200]}"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is full: `ternarize.cli.main` reports those, whatever was being done."""
+    # On the CPU it is a plain RuntimeError.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -18,7 +18,7 @@ from ternarize.causal import positions, require_causal
 from ternarize.checkpoint import from_pretrained
 from ternarize.checkpoint.format import QUANT_METHOD
 from ternarize.checkpoint.source import quant_method, read_config
-from ternarize.errors import CheckpointError, ConfigError, NonFiniteError
+from ternarize.errors import CheckpointError, ConfigError, NonFiniteError, out_of_memory
 
 #: Tokens of a window, for models that have as many positions.
 WINDOW = 512
@@ -110,6 +110,8 @@ def _load(
             folder, local_files_only=True, dtype=dtype or (torch.float32 if source else "auto"), **source
         )
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise CheckpointError(f"transformers cannot load {path}: {error}") from error
     return model, tokenizer
 

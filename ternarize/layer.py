@@ -254,7 +254,7 @@ class TernaryLinear(nn.Module):
 
         Args:
             apply: "step" takes a stage, 8 bits a weight, that the optimizer's step applies; the others take none.
-            lr: float32 [1], for "backward"; read there, and kept as this tensor.
+            lr: float32 of one element, for "backward"; read there, and kept as this tensor.
             refuse: int32 [1], for "backward": where it is set, no update is made. Layers of one optimizer share it.
             threshold: of the optimizer, for "backward".
             exponent_threshold: likewise.

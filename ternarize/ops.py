@@ -4,7 +4,7 @@ Semantic ops are what layers call and Dynamo sees. Layers that share their input
 so every per-layer argument is a list:
 
     linear          y_i = x · W_iᵀ + bias_i, differentiable in x; with activation "int8", of x rounded to int8
-    linear_train    the same; its backward also does for each layer what ``apply`` says: one of the next three
+    linear_train    the same; its backward also calls what ``apply`` says: update_stage, update_apply or update_keep
     grad_input      sum over i of grad_y_i · W_i
     update_stage    adds the integers of one micro-batch's gradient to each layer's stage
     update_apply    both halves of the update at once, without a stage that outlives it
@@ -15,9 +15,9 @@ so every per-layer argument is a list:
     guard_loss      a copy of the loss, whose backward raises a bit of a status tensor if the loss is not finite
 
 Lowered ops, ``<op>_tilelang``, ``<op>_triton`` and ``<op>_torch``, are what `ternarize.passes.lower_ternary` puts in
-their place: each calls the function of the same name in ``ternarize.backends.<backend>``. Those of ``linear`` that
-TileLang runs also take a list ``status``, before ``group_size``: empty, or one tensor a layer, whose output bit the
-kernel raises if it writes a value that is not finite.
+their place: each calls the function of the same name in ``ternarize.backends.<backend>``. ``linear_tilelang`` and
+``linear_int8_tilelang`` also take a list ``status``, before ``group_size``: empty, or one tensor a layer, whose output
+bit the kernel raises if it writes a value that is not finite.
 
 With activation "int8", ``linear`` and ``linear_train`` are lowered to the quantiser (`ternarize.activation`), as
 ordinary ops that Inductor fuses into what comes before, and ``linear_int8``. The rounding is passed straight through in
@@ -38,7 +38,7 @@ Arguments, by name, with the letters of `ternarize.packing`:
     stage_row      float32 [N]: sum of G² along K         stage_col      float32 [K]: sum of G² along N
     status         int32 [2]: bits of what was not finite, staged micro-batches
     refuse         int32 [1]: not 0 means drop what is staged and change nothing else
-    lr             float32 [1]: learning rate             apply          when the state changes: `TernaryOptimizer`
+    lr             float32, 1 element: learning rate      apply          when the state changes: `TernaryOptimizer`
 
 Tensors that a rule does not need are left out: lists are empty, single tensors are None.
 """
@@ -56,7 +56,7 @@ from ternarize import kept
 from ternarize.activation import quantize_activation
 from ternarize.config import Kernels
 from ternarize.errors import ShapeError, TernarizeError
-from ternarize.packing import dequantize as _dequantize
+from ternarize.packing import dequantize
 
 BACKENDS = ("tilelang", "triton", "torch")
 
@@ -299,12 +299,6 @@ _define(
 )
 
 
-def _dequantize_eager(
-    T_packed: Tensor, E: Tensor, E_mantissa: Tensor | None, in_features: int, group_size: int, dtype: torch.dtype
-) -> Tensor:
-    return _dequantize(T_packed, E, E_mantissa, in_features, group_size, dtype)
-
-
 def _dequantize_fake(
     T_packed: Tensor, E: Tensor, E_mantissa: Tensor | None, in_features: int, group_size: int, dtype: torch.dtype
 ) -> Tensor:
@@ -314,7 +308,7 @@ def _dequantize_fake(
 _define(
     "dequantize",
     "(Tensor T_packed, Tensor E, Tensor? E_mantissa, int in_features, int group_size, ScalarType dtype) -> Tensor",
-    _dequantize_eager,
+    dequantize,
     _dequantize_fake,
 )
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ternarize.errors import ShapeError
+from ternarize.errors import ConfigError
 
 #: Exponents that a float32 scale 2^E holds exactly as a normal number.
 E_MIN, E_MAX = -126, 127
@@ -34,9 +34,9 @@ _SCRATCH_BYTES_PER_WEIGHT = 96
 
 
 def check_group_size(group_size: int) -> None:
-    """Raise ShapeError unless ``group_size`` is a positive multiple of 4, or -1 for whole rows."""
+    """Raise ConfigError unless ``group_size`` is a positive multiple of 4, or -1 for whole rows."""
     if group_size != ROW and (group_size <= 0 or group_size % 4):
-        raise ShapeError(
+        raise ConfigError(
             f"group_size {group_size} is not a positive multiple of 4: use 32, 64, 128 or 256, or -1 for whole rows"
         )
 
@@ -77,7 +77,7 @@ def pack(T: Tensor, group_size: int) -> Tensor:
         uint8 [..., N, ceil(K / 4)].
 
     Raises:
-        ShapeError: for a group size that is no multiple of 4.
+        ConfigError: for a group size that is no positive multiple of 4.
     """
     check_group_size(group_size)
     parts = []

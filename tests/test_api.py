@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import ternarize as package
 from ternarize import TernaryConfig, TernaryLinear, dequantize, freeze, ternarize
-from ternarize.api import is_ternary, ternary_parameters
+from ternarize.api import is_ternary
 from ternarize.errors import ConfigError, ConversionError
 from ternarize.layer import ternary_layers
 from tests.kit import Block, report_of, skipped, swapped
@@ -218,6 +218,20 @@ def test_config_and_arguments_that_disagree_are_refused() -> None:
         ternarize(linear, init="median")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"planes": 4}, "planes=4 is unknown: use one of 1, 2, 3"),
+        ({"rule": "adam"}, "rule='adam' is unknown: use one of factored, sign"),
+        ({"accumulator": "int2"}, "accumulator='int2' is unknown: use one of int8, int4"),
+        ({"rule": "sign", "accumulator": "int4"}, "accumulator='int4' is a form of the 'factored' rule"),
+    ],
+)
+def test_a_config_that_means_nothing_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TernaryConfig(**fields)
+
+
 def test_trainable_is_kept_per_layer_and_several_planes_are_for_inference() -> None:
     linear = nn.Linear(64, 8)
     for config, trainable, expected in (
@@ -300,21 +314,8 @@ def test_inplace_false_copies_all_but_the_swapped_weights(monkeypatch: pytest.Mo
 def test_freeze_drops_training_state_everywhere() -> None:
     model = ternarize(Block())
     assert freeze(model) is model
-    assert {name.rpartition(".")[2] for name, _ in ternary_parameters(model)} == {
-        "T_packed",
-        "E",
-        "bias",
-        "bias_exponent",
-    }
-
-
-def test_ternary_parameters_are_the_integers_of_ternary_layers_by_qualified_name() -> None:
-    model = ternarize(Block())
-    found = dict(ternary_parameters(model))
-    named = dict(model.named_parameters())
-    assert found.keys() == {name for name in named if name.startswith("experts.")}
-    assert all(parameter is named[name] for name, parameter in found.items())
-    assert dict(ternary_parameters(nn.Linear(4, 4))) == {}
+    left = {name for _, layer in ternary_layers(model) for name, _ in layer.named_parameters()}
+    assert left == {"T_packed", "E", "bias", "bias_exponent"}
 
 
 def test_dequantised_layers_can_be_made_ternary_again_with_the_same_weights() -> None:

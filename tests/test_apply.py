@@ -284,3 +284,15 @@ def test_a_bad_gradient_of_one_layer_refuses_all_that_was_kept(value: float) -> 
         optimizer.step()
     assert changed(model, before) == []
     assert all(layer.hooks() == ([], []) for layer in layers_of(model))
+
+
+@pytest.mark.parametrize("parts", [(4,), (1, 1, 1, 1)])
+def test_tokens_whose_gradients_add_up_to_more_than_float32_holds_are_refused(parts: tuple[int, ...]) -> None:
+    layer = make_layer(16, 8)
+    optimizer = TernaryOptimizer(layer, apply="hooks")
+    before = snapshot(layer)
+    for tokens in parts:
+        (layer(torch.ones(tokens, 16)) * 1e38).sum().backward()
+    with pytest.raises(NonFiniteError, match="gradient of layer 0 not finite"):
+        optimizer.step()
+    assert changed(layer, before) == []

@@ -377,10 +377,10 @@ def test_a_wrong_model_fails_the_run(
     ("arguments", "message"),
     [
         (["--layers", "some"], "'some' is no positive number"),
-        (["--prompt", "1,2"], "more than one number"),
+        (["--prompt", "1,2"], "'1,2' is no positive number"),
         (["--kernels", "cuda"], "'cuda' is not among kernels"),
         (["--activation", "int4"], "'int4' is not among activations"),
-        (["--group-size", "3"], "--group-size"),
+        (["--group-size", "3"], "group_size 3 is not a positive multiple of 4"),
         (["--model", "9b"], "--model '9b'"),
         (["--layers", "fit"], "there is none: give a number"),
     ],

@@ -377,12 +377,12 @@ def test_a_wrong_step_fails_the_run(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ctx", "1,2"], "more than one number"),
+        (["--ctx", "1,2"], "'1,2' is no positive number"),
         (["--kernels", "cuda"], "'cuda' is not among kernels"),
         (["--apply", "never"], "'never' is not among modes"),
         (["--accumulator", "int16"], "'int16' is not among accumulators"),
         (["--rule", "sign", "--accumulator", "int4"], "accumulator='int4' is a form of the 'factored' rule"),
-        (["--group-size", "3"], "--group-size"),
+        (["--group-size", "3"], "group_size 3 is not a positive multiple of 4"),
         (["--model", "9b"], "--model '9b'"),
         (["--device", "tpu"], "'tpu' is no device"),
         (["--device", "cpu", "--trace-memory"], "--trace-memory reads the history of a GPU's allocator"),

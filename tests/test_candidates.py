@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from ternarize import TernaryLinear, dequantize, ternarize
-from ternarize.api import ternary_parameters
 from ternarize.errors import ConversionError
 from tests.kit import report_of, skipped, swapped
 
@@ -46,7 +45,7 @@ def test_layers_that_share_weight_and_bias_become_one_shared_layer_and_stay_shar
     assert model[0] is not model[3]
     first, second, _ = report_of(model).layers
     assert (second.tied_to, second.bytes_before, second.bytes_after) == (first.name, 0, 0)
-    assert len(list(ternary_parameters(model))) == 2 * len(list(model[0].parameters()))
+    assert len(list(model.parameters())) == 2 * len(list(model[0].parameters()))
     dense = dequantize(model)
     assert isinstance(dense, nn.Sequential)
     assert dense[0] is dense[2]

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -72,13 +73,13 @@ def test_rounding_is_no_look_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     require_causal(model)
 
 
-def test_errors_of_ours_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise KernelError("no kernel")
-
+@pytest.mark.parametrize("error", [KernelError("no kernel"), torch.OutOfMemoryError("no memory")])
+def test_errors_that_are_no_fault_of_the_model_stay_what_they_are(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_llama()
-    monkeypatch.setattr(model, "forward", fail)
-    with pytest.raises(KernelError, match=r"^no kernel"):
+    monkeypatch.setattr(model, "forward", Mock(side_effect=error))
+    with pytest.raises(type(error), match=r"^no "):
         require_causal(model)
 
 

@@ -153,9 +153,10 @@ def test_wrong_options_say_what_to_use(options: dict[str, Any], error: type[Exce
     ("variables", "message"),
     [
         ({"TERNARIZE_BACKEND": "tritn"}, "TERNARIZE_BACKEND is 'tritn': use one of auto, tilelang, triton, torch"),
-        ({"ARB_TERNARY_BACKEND": "x"}, "is 'x': use one of"),
+        ({"ARB_TERNARY_BACKEND": "x"}, "ARB_TERNARY_BACKEND is 'x': use one of"),
         ({"TERNARIZE_BACKEND": "torch", "ARB_TERNARY_BACKEND": "auto"}, "mean the same and differ: unset one"),
         ({"TERNARIZE_CHECK_FINITE": "yes"}, "TERNARIZE_CHECK_FINITE is 'yes': use 0 or 1"),
+        ({"ARB_TILELANG_CHECK_FINITE": "no"}, "ARB_TILELANG_CHECK_FINITE is 'no': use 0 or 1"),
     ],
 )
 def test_wrong_environment_variables_say_what_to_use(

@@ -2,6 +2,7 @@ import math
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -116,3 +117,12 @@ def test_a_gguf_model_predicts_english() -> None:
     model, tokenizer = load(GGUF)
     assert isinstance(model, nn.Module)
     assert perplexity(model, tokenizer, sample_text(), max_tokens=512).perplexity < 50
+
+
+def test_too_little_memory_is_no_fault_of_the_checkpoint(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_memory = Mock(side_effect=MemoryError)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", no_memory)
+    with pytest.raises(MemoryError):
+        load(tiny_checkpoint, device="cpu")

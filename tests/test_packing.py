@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ternarize.errors import ShapeError
+from ternarize.errors import ConfigError
 from ternarize.packing import (
     E_MAX,
     E_MIN,
@@ -82,7 +82,7 @@ def test_illegal_code_is_found_in_every_place_of_a_byte(place: int) -> None:
 
 @pytest.mark.parametrize("group_size", [0, 6, -4, 130])
 def test_group_size_that_is_no_multiple_of_four_is_refused(group_size: int) -> None:
-    with pytest.raises(ShapeError, match=rf"group_size {group_size} is not a positive multiple of 4.*use 32"):
+    with pytest.raises(ConfigError, match=rf"group_size {group_size} is not a positive multiple of 4.*use 32"):
         pack(random_trits(2, 8), group_size)
 
 

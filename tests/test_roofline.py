@@ -43,6 +43,8 @@ def test_points_and_roofs_are_where_the_figures_say(tmp_path: Path, monkeypatch:
     assert dense.get_xydata().tolist() == [pytest.approx((1, 0.2)), pytest.approx((100, 20))]
     # From half the smallest intensity by way of 800 / 4 to twice the largest, 300 operations a byte.
     assert roof.get_xydata().tolist() == [pytest.approx(point) for point in ((0.5, 2), (200, 800), (600, 800))]
+    assert roof.get_label() == "4.00 TB/s, dense 800 TFLOP/s"
+    assert (roof.get_color(), dense.get_label()) == (dense.get_color(), "dense")
     assert first.get_title() == "1000 x 1000 (out x in features)"
 
 

@@ -273,7 +273,7 @@ def factored_rule(
         T_momentum: int8 or None.
         staged: int32, the sum of u.
         count: int32 scalar, over how many micro-batches.
-        lr: float32 [1], fraction of a trit per unit of momentum.
+        lr: float32 of one element, fraction of a trit per unit of momentum.
         for_momentum: int32, 16 random bits each.
         for_accum: likewise.
 

@@ -94,7 +94,7 @@ def step_accum(
     c: tl.constexpr,
     SHIFT: tl.constexpr,
 ) -> tl.tuple:
-    """Accumulators of columns c and c + 2 plus theta, and by how much their trits step, as lanes.
+    """Accumulators of columns c and c + 2 plus theta, as lanes, and the steps of their trits, as a sum of lanes.
 
     Args:
         accum: int32 words of four weights each.
@@ -105,9 +105,6 @@ def step_accum(
         step: int32 of `step_of`.
         c: 0 or 1.
         SHIFT: where the code of column c is in them.
-
-    Returns:
-        Accumulators, whether up, and whether down.
     """
     minus_theta = tl.zeros_like(accum) - _THETA
     low = add_lane(minus_theta, momentum, 0) * step + byte_over_lane(accum, c, words[c])

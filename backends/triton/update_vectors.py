@@ -1,8 +1,9 @@
 """The part of an update that is not one integer a weight: statistics [N] and [K], exponents [N, G], the count.
 
-A dozen kernels of the reference are one here: in float64, as there, and equal to it. Programs are numbered over the
-rows first, then over the columns, then over the exponents. Nothing is added by atomics: what several tiles have found
-of a row lies in a buffer, a row of it each, and is added in the order of tiles.
+A dozen kernels of the reference are three here, one of them a part of the commit: in float64, as there, and equal to
+it, but that the mean of `normalisers` is added up in another order, which may change a last bit of float32. Programs
+are numbered over the rows first, then over the columns, then over the exponents. Nothing is added by atomics: what
+several tiles have found of a row lies in a buffer, a row of it each, and is added in the order of tiles.
 """
 
 import torch
@@ -211,15 +212,13 @@ def normalisers(row_log2: Tensor, col_log2: Tensor) -> tuple[Tensor, Tensor]:
     return row_factor, col_factor
 
 
-def finish_stage(
-    status: Tensor, sums: tuple[Tensor, Tensor] | None = None, parts: tuple[Tensor, Tensor] | None = None
-) -> None:
+def finish_stage(status: Tensor, sums: tuple[Tensor, Tensor] | None, parts: tuple[Tensor, Tensor] | None) -> None:
     """Count a micro-batch, after its tiles, and add what they found of rows and columns.
 
     Args:
         status: int32 [2].
-        sums: stage_row float32 [N] and stage_col float32 [K].
-        parts: float32 [tiles, N] and [tiles, K], to be added to them.
+        sums: stage_row float32 [N] and stage_col float32 [K]; None for a rule without statistics.
+        parts: float32 [tiles, N] and [tiles, K], to be added to them; None likewise.
     """
     programs, N, K, row_tiles, col_tiles = 1, 0, 0, 0, 0
     if parts is not None:

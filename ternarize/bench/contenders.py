@@ -18,6 +18,7 @@ from ternarize.activation import dequantize_activation, quantize_activation
 from ternarize.backends.select import facts_of, verify
 from ternarize.bench.timing import copies_needed
 from ternarize.config import Activation, TernaryConfig
+from ternarize.errors import one_line
 from ternarize.layer import TernaryLinear
 from ternarize.packing import ROW, exp2_exact, expand_groups, groups_per_row, largest_level
 
@@ -73,6 +74,14 @@ def copies_of(device: torch.device, *weight: Tensor) -> list[tuple[Tensor, ...]]
     """As many copies of a weight as make the cache cold."""
     more = copies_needed(sum(tensor.nbytes for tensor in weight), device) - 1
     return [weight, *(tuple(tensor.clone() for tensor in weight) for _ in range(more))]
+
+
+def refusal_of(stem: str, kernel: str, arguments: tuple[object, ...]) -> str | None:
+    """Why a backend cannot run a call of the lowered op ``stem``, or None."""
+    if not hasattr(torch.ops.ternarize, f"{stem}_{kernel}"):
+        return f"{kernel} has no kernel for {stem}"
+    ok, reason = verify(kernel, stem, facts_of(stem, arguments))
+    return None if ok else reason
 
 
 def _runs_anywhere(_: Tensor) -> str | None:
@@ -170,8 +179,7 @@ def _kernel(
         return outputs[0]
 
     def refusal(x: Tensor) -> str | None:
-        ok, reason = verify(name, stem, facts_of(stem, arguments(x, *copies[0])))
-        return None if ok else reason
+        return refusal_of(stem, name, arguments(x, *copies[0]))
 
     plain = Contender(name, DENSE, weight, copies, multiply, same, refusal, TOLERANCE[weight.dtype])
     if activation == "float":
@@ -230,7 +238,7 @@ def _gemlite(layer: TernaryLinear, weight: Tensor, levels: Tensor) -> Contender:
         theirs = GemLiteLinearTriton(2, group_size, K, N, input_dtype=dtype, output_dtype=dtype)
         theirs.pack((levels + 1).to(torch.uint8), scales, torch.ones_like(scales))
     except Exception as error:  # a package of others must not end the run of everything else
-        reason = f"GemLite did not take the layer: {type(error).__name__}: {error}"
+        reason = f"GemLite did not take the layer: {one_line(error)}"
         return dataclasses.replace(contender, refusal=lambda _: reason)
     facts: list[int] = theirs.get_meta_args()
 

@@ -15,6 +15,7 @@ from ternarize.bench.contenders import DENSE, Contender, random_contenders
 from ternarize.bench.timing import Pass, record, time_in_turns
 from ternarize.bench.training import UpdateEntrant, grad_input_contenders, random_step
 from ternarize.config import Activation, TernaryConfig
+from ternarize.errors import one_line
 
 Op = Literal["linear", "grad-input", "update"]
 Status = Literal["ok", "wrong", "failed", "not run"]
@@ -106,12 +107,7 @@ def _measure(N: int, K: int, plan: Plan) -> Callable[[int], list[Result]]:
 
 
 def _failed(N: int, K: int, M: int, error: Exception) -> Result:
-    return Result(out_features=N, in_features=K, tokens=M, contender="all", status="failed", reason=_one_line(error))
-
-
-def _one_line(error: Exception) -> str:
-    first, *_ = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {first[:200]}"
+    return Result(out_features=N, in_features=K, tokens=M, contender="all", status="failed", reason=one_line(error))
 
 
 def measure_cell(contenders: list[Contender], M: int, plan: Plan) -> list[Result]:
@@ -146,7 +142,7 @@ def measure_update(N: int, K: int, M: int, plan: Plan) -> list[Result]:
                 result.bytes = entrant.state_bytes + step.grad_y.nbytes + step.x.nbytes
                 running.append((entrant, result, entrant.record()))
         except Exception as error:  # whatever a kernel or its compiler raises is the finding
-            result.status, result.reason = "failed", _one_line(error)
+            result.status, result.reason = "failed", one_line(error)
     timings = time_in_turns([timed for _, _, timed in running], plan.seconds_per_cell)
     for (entrant, result, _), timing in zip(running, timings, strict=True):
         if _right(result, entrant.error(), entrant.tolerance, "after the timed calls"):
@@ -180,7 +176,7 @@ class _Entrant:
             else:
                 self.result.status, self.result.reason = "not run", refusal
         except Exception as error:  # whatever a kernel or its compiler raises is the finding
-            self.result.status, self.result.reason = "failed", _one_line(error)
+            self.result.status, self.result.reason = "failed", one_line(error)
 
     def _prepare(self, contender: Contender, x: Tensor) -> Pass | None:
         operand = contender.operand(x)

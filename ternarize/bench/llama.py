@@ -74,7 +74,7 @@ def model_config(model: str) -> Config:
     if model in SHAPES:
         return SHAPES[model]
     try:
-        config: Config = json.loads(Path(model).read_text())
+        config: Config = json.loads(Path(model).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"--model {model!r} is none of {', '.join(SHAPES)} and no config.json that can be read: {error}"

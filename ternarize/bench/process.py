@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
-from ternarize.errors import cause_of
+from ternarize.errors import cause_of, one_line
 
 #: Where compilers look for their caches.
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TILELANG_CACHE_DIR")
@@ -118,7 +118,5 @@ def _serve(connection: Connection, make: Callable[[Any], object], task: object, 
             answer = True, getattr(contender, method)()
         except Exception as error:  # whatever a compiler or a kernel raises is the finding
             traceback.print_exc()
-            cause = cause_of(error)
-            first, *_ = str(cause).strip().splitlines() or [""]
-            answer = False, f"{type(cause).__name__}: {first[:200]}"
+            answer = False, one_line(cause_of(error))
         connection.send(answer)

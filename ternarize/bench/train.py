@@ -10,6 +10,7 @@ from ternarize.bench.process import Process, Remote
 from ternarize.bench.train_step import Contender, Ready, Task
 from ternarize.bench.turns import Entrant, Result, take_turns, until_interrupt
 from ternarize.config import Kernels, TernaryConfig
+from ternarize.layer import Apply
 
 Start = Callable[[Task], Remote]
 
@@ -24,7 +25,7 @@ class Plan:
 
     config: Config
     """Of the model, as in config.json."""
-    contenders: dict[str, tuple[TernaryConfig | None, Kernels, str]]
+    contenders: dict[str, tuple[TernaryConfig | None, Kernels, Apply]]
     """By name: what the linear layers are made of, None for dense; kernels and ``apply`` of ternary ones."""
     batch: int
     ctx: int

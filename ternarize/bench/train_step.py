@@ -26,7 +26,7 @@ from ternarize.candidates import find_dense_layers
 from ternarize.checkpoint.transformers_model import empty_model
 from ternarize.config import Kernels, TernaryConfig, eager_kernels
 from ternarize.explain import explain
-from ternarize.layer import TernaryLinear, ternary_layers
+from ternarize.layer import Apply, TernaryLinear, ternary_layers
 from ternarize.optim import DEFAULT_LR, build_optimizer
 
 #: Learning rate of float parameters, and what the default rate of a rule is multiplied by: a tenth of the peaks of
@@ -67,7 +67,7 @@ class Task:
     """What its linear layers are made of; None for a dense model, which Inductor compiles."""
     kernels: Kernels
     """Of a ternary model."""
-    apply: str
+    apply: Apply
     """When a ternary model's integers change: as of `ternarize.TernaryOptimizer`."""
     batch: int
     """Sequences."""
@@ -269,8 +269,7 @@ def _optimizer(model: nn.Module, task: Task) -> torch.optim.Optimizer:
     config = task.ternary
     if config is None:
         return torch.optim.AdamW(model.parameters(), lr=FLOAT_LR, fused=True)
-    form = "sign" if config.rule == "sign" else config.accumulator
-    update = {"lr": RATE * DEFAULT_LR[form], "apply": task.apply, "skip_nonfinite": True}
+    update = {"lr": RATE * DEFAULT_LR[config.form], "apply": task.apply, "skip_nonfinite": True}
     return build_optimizer(model, torch.optim.AdamW, lr=FLOAT_LR, fused=True, ternary=update)
 
 

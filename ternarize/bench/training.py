@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 
 from ternarize import ops
-from ternarize.backends.select import facts_of, verify
-from ternarize.bench.contenders import DENSE, DENSE_TOLERANCE, TOLERANCE, Contender, copies_of, random_layer, same
+from ternarize.bench.contenders import (
+    DENSE,
+    DENSE_TOLERANCE,
+    TOLERANCE,
+    Contender,
+    copies_of,
+    random_layer,
+    refusal_of,
+    same,
+)
 from ternarize.bench.timing import Pass, copies_needed, record
 from ternarize.config import TernaryConfig
 from ternarize.layer import TernaryLinear
@@ -24,11 +32,6 @@ from ternarize.packing import unpack
 #: Of the weights, how many may get other integers than from a gradient summed in float64: where stochastic rounding
 #: falls so close to an integer that the order of a float32 sum decides. About 1e-6 of them do, for normal operands.
 UPDATE_TOLERANCE = 1e-4
-
-
-def missing(stem: str, kernel: str) -> str | None:
-    """Why there is no such kernel, or None."""
-    return None if hasattr(torch.ops.ternarize, f"{stem}_{kernel}") else f"{kernel} has no kernel for {stem}"
 
 
 def grad_input_contenders(
@@ -52,10 +55,7 @@ def _grad_input(name: str, layer: TernaryLinear, weight: Tensor, copies: list[tu
         return grad_x
 
     def refusal(grad_y: Tensor) -> str | None:
-        if (reason := missing("grad_input", name)) is not None:
-            return reason
-        ok, reason = verify(name, "grad_input", facts_of("grad_input", arguments(grad_y, *copies[0])))
-        return None if ok else reason
+        return refusal_of("grad_input", name, arguments(grad_y, *copies[0]))
 
     return Contender(name, DENSE, weight.t(), copies, multiply, same, refusal, TOLERANCE[weight.dtype])
 
@@ -162,13 +162,10 @@ class UpdateEntrant:
 
     def refusal(self) -> str | None:
         """Why it cannot run, or None."""
+        step = self._step
         if self.name == DENSE:
             return None
-        if (reason := missing("update_stage", self.name)) is not None:
-            return reason
-        arguments = stage_arguments(self._step.grad_y, self._step.x, self._step.before)
-        ok, reason = verify(self.name, "update_stage", facts_of("update_stage", arguments))
-        return None if ok else reason
+        return refusal_of("update_stage", self.name, stage_arguments(step.grad_y, step.x, step.before))
 
     @property
     def tolerance(self) -> float:

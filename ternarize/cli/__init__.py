@@ -9,12 +9,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
 from ternarize.checkpoint.format import tool_version
 from ternarize.cli.output import Interrupted, Output
-from ternarize.errors import ConfigError, TernarizeError, cause_of
+from ternarize.errors import ConfigError, TernarizeError, cause_of, out_of_memory
 from ternarize.signals import interrupted_by
 
 VERBS = ("convert", "inspect", "train", "eval", "generate", "bench", "prewarm", "smoke", "doctor")
@@ -69,8 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(output, _message(cause), USAGE if isinstance(cause, ConfigError) else FAILURE)
     except (MemoryError, RuntimeError) as error:
-        # On the CPU it is a plain RuntimeError.
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not out_of_memory(error):
             raise
         return _fail(output, f"out of memory ({error}): do less at a time, as by a smaller batch or window", FAILURE)
     if output.as_json:

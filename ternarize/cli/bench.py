@@ -13,19 +13,20 @@ from ternarize import ops
 from ternarize.bench.ceilings import Ceilings, measure_ceilings
 from ternarize.bench.linear import Op, Plan, Result, dense_seconds, measure_shape
 from ternarize.bench.roofline import check_picture, draw_roofline
+from ternarize.calls import shape_of
 from ternarize.cli import add_output_arguments, bench_model, bench_train
-from ternarize.cli.bench_arguments import (
+from ternarize.cli.arguments import (
     DTYPES,
     add_activation_argument,
     add_layer_arguments,
     names_of,
     positive_numbers,
     seconds,
-    ternary_config,
 )
-from ternarize.cli.bench_rows import finite, number
+from ternarize.cli.bench_rows import number
 from ternarize.cli.machine import describe, versions
-from ternarize.cli.output import Interrupted, Output
+from ternarize.cli.output import Interrupted, Output, finite
+from ternarize.config import TernaryConfig
 from ternarize.errors import ConfigError
 from ternarize.evaluate import default_device
 
@@ -115,19 +116,16 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
 
 
 def _shapes(text: str) -> tuple[tuple[int, int], ...]:
-    shapes = []
-    for part in text.split(","):
-        sides = part.split("x")
-        if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
-            raise argparse.ArgumentTypeError(f"{part!r} is no shape: write out x in features, as in 14336x4096")
-        shapes.append((int(sides[0]), int(sides[1])))
-    return tuple(shapes)
+    try:
+        return tuple(shape_of(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _linear(arguments: argparse.Namespace, output: Output, device: torch.device, report: dict[str, Any]) -> None:
     plan = Plan(
         tokens=arguments.tokens,
-        config=ternary_config(arguments, planes=arguments.planes),
+        config=TernaryConfig(group_size=arguments.group_size, planes=arguments.planes),
         dtype=DTYPES[arguments.dtype],
         kernels=arguments.kernels,
         op=arguments.op,

@@ -12,7 +12,7 @@ from ternarize.bench.llama import SHAPES, layers_that_fit, model_config, with_la
 from ternarize.bench.model import Plan, Result, measure_batch
 from ternarize.bench.step import Work
 from ternarize.bench.turns import DENSE
-from ternarize.cli.bench_arguments import (
+from ternarize.cli.arguments import (
     DTYPES,
     add_activation_argument,
     add_kernels_argument,
@@ -20,10 +20,9 @@ from ternarize.cli.bench_arguments import (
     positive_number,
     positive_numbers,
     seconds,
-    ternary_config,
 )
-from ternarize.cli.bench_rows import end_if_interrupted, finite, number, outcome, times
-from ternarize.cli.output import Output
+from ternarize.cli.bench_rows import end_if_interrupted, number, outcome, times
+from ternarize.cli.output import Output, finite
 from ternarize.config import Kernels, TernaryConfig
 from ternarize.errors import ConfigError
 
@@ -99,7 +98,7 @@ def _plan(arguments: argparse.Namespace, device: torch.device) -> Plan:
     config, dtype = model_config(arguments.model), DTYPES[arguments.dtype]
     contenders: dict[str, tuple[TernaryConfig | None, Kernels]] = {DENSE: (None, "auto")}
     for activation in arguments.activation:
-        ternary = ternary_config(arguments, planes=arguments.planes, activation=activation)
+        ternary = TernaryConfig(group_size=arguments.group_size, planes=arguments.planes, activation=activation)
         for kernels in arguments.kernels:
             name = f"ternary {kernels}" if activation == "float" else f"ternary {kernels} {activation}"
             contenders[name] = (ternary, kernels)

@@ -1,6 +1,5 @@
 """Rows of tables and JSON that several kinds of ``ternarize bench`` have."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +10,6 @@ from ternarize.cli.output import Output
 def number(value: float | None, form: str, unit: float = 1.0) -> str:
     """A cell of a table: empty for None."""
     return "" if value is None else form.format(value / unit)
-
-
-def finite(value: float | None) -> float | None:
-    """JSON has neither NaN nor Inf."""
-    return None if value is None or not math.isfinite(value) else value
 
 
 def outcome(result: Result[Any]) -> dict[str, Any]:

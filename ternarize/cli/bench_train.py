@@ -12,22 +12,19 @@ from ternarize.bench.llama import SHAPES, model_config, with_layers
 from ternarize.bench.train import Plan, measure_training, teraflops
 from ternarize.bench.train_step import Ready
 from ternarize.bench.turns import DENSE, Result
-from ternarize.cli.bench_arguments import (
+from ternarize.cli.arguments import (
     add_group_size_argument,
     add_kernels_argument,
     names_of,
     positive_number,
     seconds,
-    ternary_config,
 )
-from ternarize.cli.bench_rows import end_if_interrupted, finite, number, outcome, times
+from ternarize.cli.bench_rows import end_if_interrupted, number, outcome, times
 from ternarize.cli.machine import device_argument
-from ternarize.cli.output import Output
+from ternarize.cli.output import Output, finite
 from ternarize.config import Accumulator, Kernels, Rule, TernaryConfig
 from ternarize.errors import ConfigError
-
-#: Of `ternarize.TernaryOptimizer`.
-APPLY = ("step", "backward", "hooks")
+from ternarize.layer import Apply
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,10 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--apply",
-        type=lambda text: names_of("modes", text, APPLY),
+        type=lambda text: names_of("modes", text, get_args(Apply)),
         default="step",
         metavar="NAME,...",
-        help=f"when integers change, as of TernaryOptimizer: {', '.join(APPLY)} (default step)",
+        help=f"when integers change, as of TernaryOptimizer: {', '.join(get_args(Apply))} (default step)",
     )
     add_kernels_argument(parser)
     add_group_size_argument(parser)
@@ -90,13 +87,13 @@ def _plan(arguments: argparse.Namespace, device: torch.device) -> Plan:
     if arguments.trace_memory and device.type != "cuda":
         raise ConfigError(f"--trace-memory reads the history of a GPU's allocator, and this is {device}: drop it")
     config = model_config(arguments.model)
-    contenders: dict[str, tuple[TernaryConfig | None, Kernels, str]] = {DENSE: (None, "auto", "step")}
+    contenders: dict[str, tuple[TernaryConfig | None, Kernels, Apply]] = {DENSE: (None, "auto", "step")}
     for accumulator in _accumulators(arguments):
-        ternary = ternary_config(arguments, rule=arguments.rule, accumulator=accumulator)
-        form = accumulator if ternary.rule == "factored" else ternary.rule
+        ternary = TernaryConfig(group_size=arguments.group_size, rule=arguments.rule, accumulator=accumulator)
         for kernels in arguments.kernels:
             for apply in arguments.apply:
-                contenders[f"{kernels} {form}{'' if apply == 'step' else f' {apply}'}"] = (ternary, kernels, apply)
+                name = f"{kernels} {ternary.form}{'' if apply == 'step' else f' {apply}'}"
+                contenders[name] = (ternary, kernels, apply)
     return Plan(
         config=with_layers(config, arguments.layers or config["num_hidden_layers"]),
         contenders=contenders,

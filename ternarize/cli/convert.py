@@ -11,9 +11,10 @@ from rich.table import Table
 
 from ternarize.checkpoint import ConversionReport, convert
 from ternarize.checkpoint.source import read_config
+from ternarize.cli.arguments import read_text
 from ternarize.cli.output import Output
 from ternarize.config import Activation, Init, TernaryConfig
-from ternarize.errors import CheckpointError, ConfigError, ShapeError
+from ternarize.errors import CheckpointError
 
 HELP = "convert a checkpoint to packed ternary weights"
 
@@ -75,17 +76,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
     """Run the verb."""
-    try:
-        config = TernaryConfig(
-            planes=arguments.planes,
-            group_size=arguments.group_size,
-            init=arguments.init,
-            activation=arguments.activation,
-        )
-    except ShapeError as error:
-        # Here a wrong group size is a wrong call.
-        raise ConfigError(f"--group-size: {error}") from None
-    text = None if arguments.eval is None else _read_text(arguments.eval)
+    config = TernaryConfig(
+        planes=arguments.planes,
+        group_size=arguments.group_size,
+        init=arguments.init,
+        activation=arguments.activation,
+    )
+    text = None if arguments.eval is None else read_text("--eval", arguments.eval)
     report = _convert(arguments, config, output)
     _print(report, output)
     result = report.as_dict()
@@ -119,13 +116,6 @@ def _convert(arguments: argparse.Namespace, config: TernaryConfig, output: Outpu
             force=arguments.force,
             progress=advance,
         )
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--eval {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 def _print(report: ConversionReport, output: Output) -> None:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from ternarize import evaluate
 from ternarize.backends import ternary
+from ternarize.cli.arguments import read_text
 from ternarize.cli.output import Output
 from ternarize.errors import ConfigError
 
@@ -32,7 +33,7 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
     """Run the verb."""
     if arguments.max_tokens is not None and arguments.max_tokens < 2:
         raise ConfigError(f"--max-tokens is {arguments.max_tokens}: perplexity needs at least 2")
-    text = evaluate.sample_text() if arguments.text is None else _read(arguments.text)
+    text = evaluate.sample_text() if arguments.text is None else read_text("--text", arguments.text)
     model, tokenizer = evaluate.load(arguments.model)
     if arguments.compile:
         # The function, not its name: that is known of installed packages only.
@@ -44,11 +45,3 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
     )
     output.console.print(table)
     return {"model": str(arguments.model), **dataclasses.asdict(result)}
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        where = f"{error.reason} at byte {error.start}"
-        raise ConfigError(f"--text {path} is not UTF-8 text ({where}): convert it to that") from error

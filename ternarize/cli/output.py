@@ -1,5 +1,6 @@
 """What verbs print with: rich tables and progress for people, silence where --json wants one object."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,11 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.text import Text
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has neither NaN nor Inf."""
+    return None if value is None or not math.isfinite(value) else value
 
 
 class Interrupted(KeyboardInterrupt):

@@ -14,17 +14,16 @@ from rich.table import Table
 
 from ternarize.backends.tilelang import CAPABILITY, WITHOUT_NVCC, finds_nvcc
 from ternarize.calls import Call, calls_of_folder, calls_of_shapes
+from ternarize.cli.arguments import DTYPES, positive_number
 from ternarize.cli.output import Output
 from ternarize.config import Activation, TernaryConfig, kernels_policy
-from ternarize.errors import ConfigError, ShapeError
+from ternarize.errors import ConfigError
 from ternarize.prewarm import Built, PlannedCall, build_all, default_jobs, plan_call, warm_triton
 
 if TYPE_CHECKING:
     from ternarize.backends.tilelang.build import Program
 
 HELP = "compile the kernels of a model, or of some shapes, before its first call"
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 #: Token counts of "all": beyond, a call runs the kernel of the last.
 MOST_TOKENS = 8192
@@ -62,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of shapes and dense folders: how layers take x (default float)",
     )
     parser.add_argument(
-        "--jobs", type=_jobs, default=default_jobs(), help="kernels compiled at a time (default: one a CPU)"
+        "--jobs", type=positive_number, default=default_jobs(), help="kernels compiled at a time (default: one a CPU)"
     )
     parser.add_argument(
         "--tune", action="store_true", help="on a GPU: time other sizes of each kernel and keep what is faster"
@@ -107,13 +106,7 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
 
 
 def _calls(arguments: argparse.Namespace) -> list[Call]:
-    try:
-        config = TernaryConfig(
-            planes=arguments.planes, group_size=arguments.group_size, activation=arguments.activation
-        )
-    except ShapeError as error:
-        # Here a wrong group size is a wrong call.
-        raise ConfigError(f"--group-size: {error}") from None
+    config = TernaryConfig(planes=arguments.planes, group_size=arguments.group_size, activation=arguments.activation)
     if Path(arguments.target).exists():
         return calls_of_folder(Path(arguments.target), config)
     try:
@@ -244,9 +237,3 @@ def _tokens(text: str) -> tuple[int, ...]:
             )
         tokens.update(range(int(ends[0]), int(ends[1]) + 1))
     return tuple(sorted(tokens))
-
-
-def _jobs(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of jobs: give 1 or more")
-    return int(text)

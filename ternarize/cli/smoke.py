@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import math
 from typing import Any, get_args
 
 import torch
@@ -11,7 +10,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from ternarize.api import ternarize
 from ternarize.cli.machine import describe, device_argument
-from ternarize.cli.output import Output
+from ternarize.cli.output import Output, finite
 from ternarize.config import Kernels, TernaryConfig
 from ternarize.errors import ConfigError, KernelError, cause_of
 from ternarize.evaluate import default_device
@@ -116,6 +115,4 @@ def _seconds(what: str, timing: Timing) -> dict[str, str]:
 
 
 def _row(measured: Measurement) -> dict[str, Any]:
-    # JSON has neither NaN nor Inf.
-    loss = measured.loss if math.isfinite(measured.loss) else None
-    return {**dataclasses.asdict(measured), "loss": loss}
+    return {**dataclasses.asdict(measured), "loss": finite(measured.loss)}

@@ -7,11 +7,10 @@ from typing import Any, get_args
 
 import torch
 
-from ternarize.api import is_ternary
 from ternarize.cli.machine import describe, device_argument
 from ternarize.cli.output import Output
 from ternarize.config import Accumulator
-from ternarize.errors import ConfigError, ShapeError
+from ternarize.errors import ConfigError
 from ternarize.evaluate import default_device, require_transformers
 from ternarize.layer import ternary_layers
 from ternarize.train.curves import draw_curves, read_log
@@ -133,7 +132,7 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
 
 
 def _start(arguments: argparse.Namespace, folder: RunFolder, source: Source, device: torch.device) -> Trainer:
-    settings = _settings(arguments)
+    settings = TrainSettings(**{name: getattr(arguments, name) for name in TrainSettings.__dataclass_fields__})
 
     def model_config(vocabulary: int) -> Any:
         if arguments.model is not None:
@@ -152,25 +151,17 @@ def _start(arguments: argparse.Namespace, folder: RunFolder, source: Source, dev
     )
 
 
-def _settings(arguments: argparse.Namespace) -> TrainSettings:
-    try:
-        return TrainSettings(**{name: getattr(arguments, name) for name in TrainSettings.__dataclass_fields__})
-    except ShapeError as error:
-        # Here a wrong group size is a wrong call.
-        raise ConfigError(f"--group-size: {error}") from None
-
-
 def _introduction(trainer: Trainer) -> str:
     model, tokens = trainer.model, trainer.tokens
     ternary = sum(layer.in_features * layer.out_features for _, layer in ternary_layers(model))
-    weights = f"{ternary:,} ternary weights and " if is_ternary(model) else ""
+    weights = f"{ternary:,} ternary weights and " if ternary else ""
     floats = sum(parameter.numel() for parameter in model.parameters() if parameter.is_floating_point())
     size = trainer.replicas.size
-    machines = describe(trainer.device)["name"] if size == 1 else f"{size} of {describe(trainer.device)['name']}"
+    device = describe(trainer.device)["name"]
     return (
         f"{type(model).__name__}, {weights}{floats:,} float parameters, rule {trainer.settings.rule}, on "
-        f"{machines}; {len(tokens.train):,} tokens of text, {len(tokens.validation):,} to "
-        f"measure on; step {trainer.step} of {trainer.settings.steps}"
+        f"{device if size == 1 else f'{size} of {device}'}; {len(tokens.train):,} tokens of text, "
+        f"{len(tokens.validation):,} to measure on; step {trainer.step} of {trainer.settings.steps}"
     )
 
 

@@ -44,8 +44,10 @@ class JointOptimizer(TernaryOptimizer):
     def _float_gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
         for group in self._float.param_groups:
             for parameter in group["params"]:
+                gradient = parameter.grad
                 # Of a DTensor, which takes its time to import, this rank's shard: the others look at theirs.
-                gradient = getattr(parameter.grad, "to_local", lambda grad=parameter.grad: grad)()
+                if hasattr(gradient, "to_local"):
+                    gradient = gradient.to_local()
                 if gradient is not None:
                     yield parameter, gradient._values() if gradient.is_sparse else gradient
 

@@ -14,16 +14,10 @@ from ternarize.layer import STAGE, Apply, TernaryLinear, ternary_layers
 from ternarize.optim import hooked
 from ternarize.optim.overflow import Overflow
 
-#: Learning rate by form of the state: the best peaks of docs/training.md, and whole votes for `sign`.
+#: Learning rate by `TernaryConfig.form`: the best peaks of docs/training.md, and whole votes for `sign`.
 DEFAULT_LR = {"int8": 20 / 254, "int4": 14 / 254, "sign": 1.0}
 
 _WHAT = {NONFINITE_OUTPUT: "output", NONFINITE_GRADIENT: "gradient"}
-
-
-def _form(layer: TernaryLinear) -> str:
-    if layer.rule == "sign":
-        return "sign"
-    return "int4" if layer.T_momentum is None else "int8"
 
 
 def _trainable_layers(modules: nn.Module | Iterable[nn.Module]) -> Iterator[TernaryLinear]:
@@ -133,7 +127,7 @@ class TernaryOptimizer(torch.optim.Optimizer):
         # A group's learning rate may be a tensor, which has a device.
         kinds: dict[tuple[str, torch.device], dict[Tensor, TernaryLinear]] = {}
         for layer in _trainable_layers(param_group["params"]):
-            kinds.setdefault((_form(layer), layer.T_packed.device), {})[layer.T_packed] = layer
+            kinds.setdefault((layer.config.form, layer.T_packed.device), {})[layer.T_packed] = layer
         if not kinds:
             raise ConfigError("there is no trainable ternary layer to optimize: call ternarize(model) first")
         for (form, device), layers in kinds.items():

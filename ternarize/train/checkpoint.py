@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ternarize.checkpoint.write import new_file
-from ternarize.errors import CheckpointError
+from ternarize.errors import CheckpointError, out_of_memory
 
 
 def save_checkpoint(file: Path, state: dict[str, Any]) -> None:
@@ -42,6 +42,8 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     # A damaged file raises whatever the zip and pickle readers come to.
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise CheckpointError(
             f"{file} cannot be read ({error}): put it back, or start the run again in another folder"
         ) from None

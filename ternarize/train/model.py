@@ -12,7 +12,7 @@ from ternarize.api import ternarize
 from ternarize.candidates import find_dense_layers
 from ternarize.causal import positions, require_causal
 from ternarize.checkpoint.source import CONFIG_FILE
-from ternarize.errors import CheckpointError, ConfigError
+from ternarize.errors import CheckpointError, ConfigError, out_of_memory
 from ternarize.optim import build_optimizer
 from ternarize.train.settings import TrainSettings
 
@@ -123,6 +123,8 @@ def build_model(config: Any, settings: TrainSettings, device: torch.device) -> n
     try:
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise CheckpointError(f"transformers cannot build a {config.model_type!r} ({error}): mend the config") from None
     longest = positions(model)
     if longest < settings.ctx:

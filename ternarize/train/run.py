@@ -14,7 +14,7 @@ from ternarize.api import freeze, is_ternary
 from ternarize.checkpoint import save_pretrained
 from ternarize.checkpoint.write import new_file, new_folder, write_json
 from ternarize.distributed import Replicas
-from ternarize.errors import CheckpointError, ConfigError
+from ternarize.errors import CheckpointError, ConfigError, out_of_memory
 from ternarize.evaluate import require_transformers, without_progress_bars
 from ternarize.train.checkpoint import load_checkpoint
 from ternarize.train.curves import read_log
@@ -131,6 +131,7 @@ def start(
             write_tokens(partial, source.texts, source.validation, source.tokenizer and tokenizer)
             open_tokens(partial, tokenizer).check(settings.ctx)
             write_json(partial / RUN_FILE, {**description, "tokens": fingerprints(partial)})
+    # The others wait for the first one's files.
     replicas.any(False, device)
     trainer = Trainer(
         model, settings, open_tokens(folder.path, tokenizer), compiled=compiled, skip_nonfinite=skip_nonfinite
@@ -143,6 +144,8 @@ def start(
                 raise ValueError(f"its step is {trainer.step} of {settings.steps}")
         # Optimizers raise whatever comes to them.
         except Exception as error:
+            if out_of_memory(error):
+                raise
             raise CheckpointError(
                 f"{folder.checkpoint} holds no state of this run ({error}): put it back, or start the run again in "
                 "another folder"
@@ -176,6 +179,8 @@ def export(model: nn.Module, source: Source, destination: Path) -> None:
             save_tokenizer(tokenizer, partial)
         # Of a full disk, the libraries below transformers raise whatever they have.
         except Exception as error:
+            if out_of_memory(error):
+                raise
             raise CheckpointError(
                 f"{destination} cannot be written ({error}): free some space and go on with --resume"
             ) from None

@@ -97,9 +97,7 @@ class TrainSettings:
         """Peak learning rate of the matrices."""
         if self.lr is not None:
             return self.lr
-        if self.rule in BASELINE_LR:
-            return BASELINE_LR[self.rule]
-        return DEFAULT_LR["sign" if self.rule == "sign" else self.accumulator]
+        return BASELINE_LR[self.rule] if self.ternary is None else DEFAULT_LR[self.ternary.form]
 
     def schedule(self, step: int) -> float:
         """What both peaks are multiplied by in a step, counted from 0."""

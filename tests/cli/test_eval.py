@@ -65,13 +65,15 @@ def test_a_wrong_call_of_eval_is_one_line(
     assert error.count("\n") == 1
 
 
-def test_eval_of_binary_text_says_where_it_is_broken(
-    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("verb", [["eval", "--text"], ["convert", "out", "--eval"]], ids=lambda verb: verb[0])
+def test_binary_text_is_named_with_where_it_is_broken(
+    verb: list[str], tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_bytes(b"abc\xff")
-    assert main(["eval", str(tiny_checkpoint), "--text", str(text)]) == USAGE
-    assert "at byte 3" in capsys.readouterr().err
+    name, *arguments = verb
+    assert main([name, str(tiny_checkpoint), *arguments, str(text)]) == USAGE
+    assert f"{arguments[-1]} {text} is not UTF-8 text (invalid start byte at byte 3)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("config", ["[]", "{", '{"model_type": []}', '{"quantization_config": "x"}'])

@@ -102,10 +102,10 @@ def test_a_kernel_that_does_not_compile_fails_the_run(
     ("arguments", "message"),
     [
         (["no_such_folder"], "no_such_folder is no folder, and as shapes: 'no_such_folder' is no shape"),
-        (["64x64", "--group-size", "3"], "--group-size: group_size 3"),
+        (["64x64", "--group-size", "3"], "group_size 3 is not a positive multiple of 4"),
         (["64x64", "--tokens", "0"], "'0' is no number or range of tokens"),
         (["64x64", "--tokens", "9-3"], "'9-3' is no number or range of tokens"),
-        (["64x64", "--jobs", "0"], "'0' is no number of jobs"),
+        (["64x64", "--jobs", "0"], "'0' is no positive number"),
     ],
 )
 def test_a_wrong_call_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:

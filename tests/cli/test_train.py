@@ -118,7 +118,7 @@ def test_a_verb_is_a_module_too(verb: str, monkeypatch: pytest.MonkeyPatch, caps
         (["--hidden", "100"], USAGE, "hidden is 100: use a multiple of 64"),
         (["--layers", "0"], USAGE, "layers is 0"),
         (["--ctx", "0"], USAGE, "ctx is 0"),
-        (["--group-size", "3"], USAGE, "--group-size"),
+        (["--group-size", "3"], USAGE, "group_size 3 is not a positive multiple of 4"),
         (["--save-every", "0"], USAGE, "--save-every is 0"),
         (["--seed", "-1"], USAGE, "seed is -1"),
         (["--rule", "sign", "--accumulator", "int4"], USAGE, "drop it under 'sign'"),

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -159,6 +160,24 @@ def test_a_checkpoint_of_something_else_is_one_line(
     change(state)
     save_checkpoint(run / "checkpoint.pt", state)
     assert message in refused([*call, "--resume"], capsys)
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["transformers.AutoModelForCausalLM.from_config", "torch.load", "ternarize.train.run.Trainer.load_state_dict"],
+)
+def test_too_little_memory_is_no_fault_of_a_file(
+    where: str, call: list[str], run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(where, Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.")))
+    assert refused([*call, "--resume"], capsys).startswith("ternarize: error: out of memory (CUDA out of memory.)")
+
+
+def test_too_little_memory_is_no_full_disk(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.start(VARIANTS["ste"]).model
+    monkeypatch.setattr("ternarize.train.run.bake", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.")))
+    with pytest.raises(torch.OutOfMemoryError):
+        export(model, Source(texts=(tiny.text,)), tiny.path / "model")
 
 
 @pytest.mark.parametrize("line", [b"\xff\x00", b"5", b"[]", b'{"step": 1}', b'{"step": 2, "los'])

@@ -1,14 +1,15 @@
-"""Arguments that several kinds of ``ternarize bench`` take."""
+"""Arguments that several verbs take."""
 
 import argparse
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar, get_args
+from pathlib import Path
+from typing import TypeVar, get_args
 
 import torch
 
-from ternarize.config import Activation, Kernels, TernaryConfig
-from ternarize.errors import ConfigError, ShapeError
+from ternarize.config import Activation, Kernels
+from ternarize.errors import ConfigError
 
 Name = TypeVar("Name", bound=str)
 
@@ -51,34 +52,16 @@ def add_activation_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def ternary_config(arguments: argparse.Namespace, **fields: Any) -> TernaryConfig:
-    """The configuration of ``--group-size`` and other fields.
-
-    Raises:
-        ConfigError: for a group size, or a combination, that means nothing.
-    """
-    try:
-        return TernaryConfig(group_size=arguments.group_size, **fields)
-    except ShapeError as error:
-        # Here a wrong group size is a wrong call.
-        raise ConfigError(f"--group-size: {error}") from None
+def positive_number(text: str) -> int:
+    """A number of tokens, sequences, layers or jobs."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number: give 1 or more")
+    return int(text)
 
 
 def positive_numbers(text: str) -> tuple[int, ...]:
     """Numbers of tokens or sequences, as in 1,16,256."""
-    parts = text.split(",")
-    for part in parts:
-        if not part.isdecimal() or not int(part):
-            raise argparse.ArgumentTypeError(f"{part!r} is no positive number: write them as in 1,16,256")
-    return tuple(int(part) for part in parts)
-
-
-def positive_number(text: str) -> int:
-    """One number of tokens, sequences or layers."""
-    numbers = positive_numbers(text)
-    if len(numbers) != 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is more than one number")
-    return numbers[0]
+    return tuple(positive_number(part) for part in text.split(","))
 
 
 def seconds(text: str) -> float:
@@ -90,6 +73,19 @@ def seconds(text: str) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise argparse.ArgumentTypeError(f"{text!r} is no time in seconds: write 0 or more")
     return value
+
+
+def read_text(option: str, path: Path) -> str:
+    """The text of the file that an option names.
+
+    Raises:
+        ConfigError: if it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        where = f"{error.reason} at byte {error.start}"
+        raise ConfigError(f"{option} {path} is not UTF-8 text ({where}): convert it to that") from None
 
 
 def names_of(what: str, text: str, known: Sequence[Name]) -> tuple[Name, ...]:

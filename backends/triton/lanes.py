@@ -16,6 +16,12 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
+def machine(code: tl.constexpr, a: tl.tensor, b: tl.tensor, c: tl.tensor) -> tl.tensor:
+    """What PTX makes of three int32, $1 to $3: its result $0."""
+    return tl.inline_asm_elementwise(code, "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
 def lane(word: tl.tensor, i: tl.constexpr) -> tl.tensor:
     """Signed lane i, for the interpreter. It may have a number for a word: shifts would not drop its upper bits."""
     return (((word >> (16 * i)) & 0xFFFF) ^ 0x8000) - 0x8000
@@ -28,14 +34,7 @@ def add_byte(addend: tl.tensor, factor: tl.tensor, word: tl.tensor, i: tl.conste
         total = addend + factor * ((word << (24 - 8 * i)) >> 24)
     else:
         HALF: tl.constexpr = "lo" if i < 2 else "hi"
-        total = tl.inline_asm_elementwise(
-            "dp2a." + HALF + ".u32.s32 $0, $1, $2, $3;",
-            "=r,r,r,r",
-            [factor << (16 * (i % 2)), word, addend],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
+        total = machine("dp2a." + HALF + ".u32.s32 $0, $1, $2, $3;", factor << (16 * (i % 2)), word, addend)
     return total
 
 
@@ -45,14 +44,7 @@ def add_lane(addend: tl.tensor, word: tl.tensor, i: tl.constexpr) -> tl.tensor:
     if _INTERPRETED:
         total = addend + ((word >> (16 * i)) & 0xFFFF)
     else:
-        total = tl.inline_asm_elementwise(
-            "dp2a.lo.u32.u32 $0, $1, $2, $3;",
-            "=r,r,r,r",
-            [word, 1 << (8 * i), addend],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
+        total = machine("dp2a.lo.u32.u32 $0, $1, $2, $3;", word, 1 << (8 * i), addend)
     return total
 
 
@@ -63,14 +55,7 @@ def byte_over_lane(word: tl.tensor, i: tl.constexpr, lanes: tl.tensor) -> tl.ten
         joined = (((word << (24 - 8 * i)) >> 24) << 16) | ((lanes >> 16) & 0xFFFF)
     else:
         # Bytes 2 and 3 of the lanes, the byte of the word and its sign.
-        joined = tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, $3;",
-            "=r,r,r,r",
-            [lanes, word, 0xC432 + 0x1100 * i],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
+        joined = machine("prmt.b32 $0, $1, $2, $3;", lanes, word, 0xC432 + 0x1100 * i)
     return joined
 
 
@@ -94,12 +79,5 @@ def clamp_lanes(lanes: tl.tensor, offset: tl.tensor, top: tl.tensor) -> tl.tenso
         high = tl.maximum(tl.minimum(lane(lanes, 1) + lane(offset, 1), lane(top, 1)), 0)
         clamped = low | (high << 16)
     else:
-        clamped = tl.inline_asm_elementwise(
-            "{ .reg .b32 sum; add.s16x2 sum, $1, $2; min.s16x2.relu $0, sum, $3; }",
-            "=r,r,r,r",
-            [lanes, offset, top],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
+        clamped = machine("{ .reg .b32 sum; add.s16x2 sum, $1, $2; min.s16x2.relu $0, sum, $3; }", lanes, offset, top)
     return clamped

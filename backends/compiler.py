@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from ternarize import guard
+from ternarize.backends import programmatic_launch
 from ternarize.backends.guarded import Compiled, GuardedGraph
 from ternarize.backends.select import Phase
 from ternarize.config import Kernels, flag, kernels_policy
@@ -41,14 +42,20 @@ def compile_graph(
     layers = _layers(graph_module, example_inputs)
     _record_choices(graph_module, layers, phase, policy)
     guarding = phase == "inference" and checks_finite()
-    guards = GuardOutputPass(lambda node: guarding and choose_node(node, phase, policy).backend == "tilelang")
+
+    def is_tilelang(node: fx.Node) -> bool:
+        return choose_node(node, phase, policy).backend == "tilelang"
+
+    if phase == "inference" and any(is_tilelang(node) for node, _ in layer_calls(graph_module.graph)):
+        patches = programmatic_launch.PATCHES | patches
+    guards = GuardOutputPass(lambda node: guarding and is_tilelang(node))
     guards(graph_module.graph)
     graph_module.recompile()
     _start_kernels(graph_module, phase, policy)
 
     def compile_part(graph: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
         part: Phase = "inference" if settings.get("is_inference") else "training"
-        with config.patch(post_grad_custom_pre_pass=PostGradPasses(part, policy)):
+        with config.patch(post_grad_custom_pre_pass=PostGradPasses(part, policy)), programmatic_launch.protocol():
             return compile_fx_inner(graph, inputs, **settings)
 
     # Given to compile_fx as well, so that the key of AOTAutograd's cache has them.

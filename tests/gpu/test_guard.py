@@ -94,6 +94,8 @@ def test_decoding_with_a_cache_switches_at_a_later_step(faulty: Callable[..., Fa
         model(token, past_key_values=cache, use_cache=True)
         for _ in range(4):
             step(token, past_key_values=cache, use_cache=True)
+        # Flags that are still on their way are looked at in the next call, and those of the faulty one after that.
+        torch.cuda.synchronize()
         fault.fail()
         step(token, past_key_values=cache, use_cache=True)
         torch.cuda.synchronize()

@@ -57,7 +57,7 @@ __device__ __forceinline__ void exponent_range(const int8_t* E, int N, const int
     for (int row = 0; row < ROWS; ++row) {
       const int begin = min(rows[row], N - 1) * G + first;
       places[row] = i * 4 - begin % 4;
-      words[row] = __ldg(reinterpret_cast<const uint32_t*>(E) + min(begin / 4 + i, (N * G - 1) / 4));
+      words[row] = exponent_word<G>(E, N, begin / 4 + i);
     }
 #pragma unroll
     for (int row = 0; row < ROWS; ++row)

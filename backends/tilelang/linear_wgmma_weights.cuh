@@ -28,6 +28,18 @@ __device__ __forceinline__ void decode(const uint32_t (&words)[2][PLANES], const
   }
 }
 
+// A word of E [N, G], or the last one there is; zeros in place of what lies past its end.
+template <int G>
+__device__ __forceinline__ uint32_t exponent_word(const int8_t* E, uint32_t N, uint32_t word) {
+  const uint32_t bytes = N * G;
+  word = min(word, (bytes - 1) / 4);
+  if (G % 4 == 0 || word < bytes / 4) return __ldg(reinterpret_cast<const uint32_t*>(E) + word);
+  uint32_t value = 0;
+  for (uint32_t i = bytes / 4 * 4; i < bytes; ++i)
+    value |= static_cast<uint32_t>(__ldg(reinterpret_cast<const uint8_t*>(E) + i)) << i % 4 * 8;
+  return value;
+}
+
 // The exponents of four groups of a row, from a multiple of four on, loaded four groups before they are needed. Rows need
 // not start at a whole word.
 template <int G>
@@ -36,25 +48,22 @@ struct Exponents {
   uint32_t window, low, next;
   uint32_t first;
 
-  __device__ __forceinline__ uint32_t load(const int8_t* E, uint32_t N, uint32_t place) const {
-    return __ldg(reinterpret_cast<const uint32_t*>(E) + min(place / 4, (N * G - 1) / 4));
-  }
   __device__ __forceinline__ void start(const int8_t* E, uint32_t N, uint32_t row, uint32_t group) {
     first = min(row, N - 1) * G;
     const uint32_t place = first + group / 4 * 4;
-    window = load(E, N, place);
-    next = load(E, N, place + 4);
+    window = exponent_word<G>(E, N, place / 4);
+    next = exponent_word<G>(E, N, (place + 4) / 4);
     if (!ALIGNED) {
       window = __funnelshift_r(window, next, first % 4 * 8);
       low = next;
-      next = load(E, N, place + 8);
+      next = exponent_word<G>(E, N, (place + 8) / 4);
     }
   }
   // To the four groups from ``group`` on.
   __device__ __forceinline__ void advance(const int8_t* E, uint32_t N, uint32_t group) {
     window = ALIGNED ? next : __funnelshift_r(low, next, first % 4 * 8);
     low = next;
-    next = load(E, N, first + group + (ALIGNED ? 4 : 8));
+    next = exponent_word<G>(E, N, (first + group + (ALIGNED ? 4 : 8)) / 4);
   }
   __device__ __forceinline__ int at(uint32_t group) const {
     return static_cast<int>(window << (24 - group % 4 * 8)) >> 24;

@@ -59,9 +59,7 @@ class Operands:
         """Exponents about -6, y not a number, and as much bias as it takes to show."""
         G = groups_per_row(case.K, case.g)
         T = torch.randint(-1, 2, (layer.planes, layer.N, case.K), dtype=torch.int8)
-        # What lies past its end, in the last word that kernels read, is no exponent of this layer.
-        E = torch.full((layer.N * G + 4,), 127, dtype=torch.int8)[:-4].view(layer.N, G)
-        E[:] = torch.randint(-9, -3, (layer.N, G))
+        E = torch.randint(-9, -3, (layer.N, G), dtype=torch.int8)
         mantissa = layer.mantissa and torch.randint(1, 100, (layer.N, G)).to(getattr(torch, layer.mantissa))
         return cls(
             T_packed=pack(T if layer.planes > 1 else T[0], case.g),
@@ -163,12 +161,11 @@ def emulate(library: ctypes.CDLL, function: str, readable: Iterable[Tensor | Non
         readable: what the kernel may read.
         arguments: of the function.
     """
-    # Of words of 4 bytes, the last may reach past the end: tensors of CUDA are whole numbers of 512 bytes.
     bounds = [
         bound
         for tensor in readable
         if tensor is not None
-        for bound in (tensor.data_ptr(), tensor.data_ptr() + -(-tensor.nbytes // 4) * 4)
+        for bound in (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
     ]
     library.set_tensors((ctypes.c_void_p * len(bounds))(*bounds), len(bounds) // 2)
     run = library[function]

@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,12 @@ COMPILERS = os.cpu_count() or 8
 SANITIZERS = 8
 
 
-def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
-    """Stem, backend and arguments of each call; those of TileLang are guarded."""
+#: Lines of the tool's findings that are shown of a process.
+SHOWN_LINES = 60
+
+
+def calls() -> Iterator[tuple[str, torch._ops.OpOverload, tuple[Any, ...]]]:
+    """What each call is, its op and its arguments; those of TileLang are guarded."""
     for sizes, K, group_size, planes, mantissa, bias in LAYERS:
         layers = [
             random_weights(N, K, group_size, planes=planes, mantissa=mantissa, bias=bias, device="cuda") for N in sizes
@@ -63,7 +67,7 @@ def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
 
 def _of_one_input(
     x: torch.Tensor, layers: list[Weights], group_size: int
-) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+) -> Iterator[tuple[str, torch._ops.OpOverload, tuple[Any, ...]]]:
     weights = (
         [w.T_packed for w in layers],
         [w.E for w in layers],
@@ -79,16 +83,19 @@ def _of_one_input(
             given = (*quantize_activation(x), *weights, group_size, x.dtype)
         for backend in ("tilelang", "triton"):
             if verify(backend, stem, facts)[0]:
-                yield stem, backend, ops.with_status(stem, backend, given, status)
+                sizes = [list(tensor.shape) for tensor in (x, *weights[0])]
+                name = f"{stem} of {backend}, x and T_packed {sizes}, group size {group_size}, {x.dtype}"
+                yield name, ops.lowered(stem, backend), ops.with_status(stem, backend, given, status)
 
 
 def call_some(first: int, step: int) -> None:
     """Make every ``step``-th call from the ``first`` on; one line says how many that were."""
     torch.manual_seed(0)
     count = 0
-    for stem, backend, args in itertools.islice(calls(), first, None, step):
-        ops.lowered(stem, backend)(*args)
-        # An error is found by the call that made it.
+    for name, op, args in itertools.islice(calls(), first, None, step):
+        # What the tool finds comes after the name of the call that did it.
+        print(name, flush=True)
+        op(*args)
         torch.cuda.synchronize()
         count += 1
     if first == 0:
@@ -103,6 +110,13 @@ def find_sanitizer() -> str | None:
     places = [os.environ.get("CUDA_HOME", ""), *sorted(map(str, Path("/usr/local").glob("cuda*")), reverse=True)]
     found = (shutil.which("compute-sanitizer", path=f"{place}/bin") for place in places if place)
     return shutil.which("compute-sanitizer") or next((path for path in found if path), None)
+
+
+def _findings(lines: Sequence[str]) -> Sequence[str]:
+    """The first that the tool found, after the name of the call; the last lines if it found nothing."""
+    found = [i for i, line in enumerate(lines) if line.startswith("========= ") and "COMPUTE-SANITIZER" not in line]
+    start = max(found[0] - 1, 0) if found and "ERROR SUMMARY" not in lines[found[0]] else max(len(lines) - 2, 0)
+    return lines[start : start + SHOWN_LINES]
 
 
 def main() -> int:
@@ -132,7 +146,7 @@ def main() -> int:
     clean = True
     for run in runs:
         output = run.communicate()[0]
-        print(output[-3000:])
+        print("\n".join(_findings(output.splitlines())), flush=True)
         summary = re.search(r"ERROR SUMMARY: (\d+) errors?", output)
         clean &= run.returncode == 0 and summary is not None and summary[1] == "0"
     return 0 if clean else 1

@@ -6,8 +6,9 @@ and waits for the one before to be complete (CUDA C++ Programming Guide, "Progra
 Synchronization"). TileLang's trigger first, and wait before any access but to weights. If all kernels do, a complete
 kernel means that those before it are complete too.
 
-Inductor's do not by themselves (``triton.enable_pdl``): they wait only for what the kernel before wrote, and trigger
-late enough for that to be safe among themselves. After a kernel that triggers first it is not.
+Inductor's do not by themselves (``triton.enable_pdl``). They wait only for what the kernel before wrote: one that loads
+nothing may not wait at all, and then the kernel after it starts before what came earlier is complete. And they trigger
+after their last load, when the next kernel could have begun long before.
 """
 
 import contextlib

@@ -23,6 +23,17 @@ print(explain(compiled))
 """
 
 
+EAGER = """
+import logging, torch
+from ternarize import TernaryConfig, TernaryLinear
+
+logging.basicConfig(format="%(message)s")
+layer = TernaryLinear(256, 128, config=TernaryConfig()).to("cuda", torch.bfloat16)
+with torch.no_grad():
+    assert layer(torch.ones(3, 256, device="cuda", dtype=torch.bfloat16)).eq(0).all()
+"""
+
+
 def run_without(packages: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "tests.without", packages, *arguments],
@@ -54,18 +65,17 @@ def test_a_forced_kernel_names_what_is_missing() -> None:
     assert "kernels=triton cannot run linear: triton is not installed" in explained("triton,tilelang", "cpu", "triton")
 
 
-# One layer: Inductor itself generates Triton on a GPU, and compiles nothing else there without it.
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("packages", "kernel"),
-    [
-        ("tilelang", "triton: not tilelang: the package tilelang is not installed"),
-        ("triton", "tilelang: TileLang runs on Hopper"),
-        (
-            "triton,tilelang",
-            "torch: not tilelang: the package tilelang is not installed; not triton: triton is not installed",
-        ),
-    ],
-)
-def test_a_gpu_falls_back_to_what_is_there(packages: str, kernel: str) -> None:
-    assert explained(packages, "cuda") == f"0 (inference): {kernel}"
+def test_a_gpu_without_tilelang_falls_back_to_triton() -> None:
+    reason = "triton: not tilelang: the package tilelang is not installed"
+    assert explained("tilelang", "cuda") == f"0 (inference): {reason}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packages", ["triton", "triton,tilelang"])
+def test_a_gpu_without_triton_runs_eagerly(packages: str) -> None:
+    result = run_without(packages, "-c", EAGER)
+    assert result.returncode == 0, result.stderr
+    assert "not triton: triton is not installed" in result.stderr
+    # Inductor compiles nothing for a GPU then.
+    assert "TritonMissing" in explained(packages, "cuda")

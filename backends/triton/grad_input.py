@@ -12,6 +12,7 @@ from ternarize.backends.triton.launch import ceil_div, launch
 from ternarize.backends.triton.linear import blocks
 from ternarize.backends.triton.packed import (
     INTERPRETED,
+    Weight,
     columns,
     decode,
     group_scale,
@@ -19,7 +20,6 @@ from ternarize.backends.triton.packed import (
     output_dtype,
     tiling,
 )
-from ternarize.packing import groups_per_row
 
 
 @triton.jit
@@ -99,36 +99,33 @@ def grad_input(
         with torch.cuda.device_of(gradients[0]):
             return dense.grad_input(gradients, T_packed, E, in_features, group_size).view(shape)
     size, chunks, tiles, BLOCK_C = tiling(in_features, group_size)
-    groups = groups_per_row(in_features, group_size)
     BLOCK_M, BLOCK_N, num_warps = blocks(M, dtype)
     total: Tensor | None = None
     for i, packed in enumerate(T_packed):
         N = packed.shape[-2]
         rows = gradients[i]
-        mantissa = E_mantissa[i]
-        if mantissa is not None:
-            mantissa = mantissa.expand(N, groups)
+        weight = Weight.of(packed, E[i], E_mantissa[i])
         out = rows.new_empty(shape, dtype=output_dtype(dtype) if i == len(T_packed) - 1 else torch.float32)
         with torch.cuda.device_of(rows):
             launch(
                 grad_input_kernel,
                 ceil_div(M, BLOCK_M) * tiles,
                 rows,
-                packed.contiguous(),
-                E[i].contiguous(),
-                mantissa,
+                weight.T_packed,
+                weight.E,
+                weight.mantissa,
                 total,
                 out,
                 M,
                 N,
                 in_features,
                 size,
-                groups,
+                E[i].shape[-1],
                 chunks,
                 tiles,
                 *rows.stride(),
-                *(mantissa.stride() if mantissa is not None else (0, 0)),
-                PLANES=packed.shape[0] if packed.dim() == 3 else 1,
+                *weight.strides,
+                PLANES=weight.planes,
                 BLOCK_M=BLOCK_M,
                 BLOCK_N=BLOCK_N,
                 BLOCK_C=BLOCK_C,

@@ -11,6 +11,8 @@ from ternarize.backends.triton import dense
 from ternarize.backends.triton.launch import ceil_div, launch
 from ternarize.backends.triton.packed import (
     INTERPRETED,
+    Weight,
+    add_bias,
     columns,
     decode,
     group_scale,
@@ -18,7 +20,6 @@ from ternarize.backends.triton.packed import (
     output_dtype,
     tiling,
 )
-from ternarize.packing import groups_per_row
 
 
 @triton.jit
@@ -66,12 +67,8 @@ def linear_kernel(
         partial = tl.dot(a, tl.trans(levels.to(a.dtype)), input_precision="ieee")
         scale = group_scale(E, mantissa, n, N, group, groups, stride_mantissa_n, stride_mantissa_g)
         accumulator += partial * scale[None, :]
-    if bias is not None:
-        # In float64 every int32 times every 2^exponent is exact, so the bias is rounded once.
-        power = ((tl.load(bias_exponent).to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
-        added = tl.load(bias + n, mask=n < N, other=0).to(tl.float64) * power
-        accumulator += added.to(tl.float32)[None, :]
-    tl.store(y + m_row * N + n[None, :], accumulator.to(y.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+    sums = add_bias(accumulator, bias, bias_exponent, n, N)
+    tl.store(y + m_row * N + n[None, :], sums.to(y.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
 def blocks(tokens: int, dtype: torch.dtype) -> tuple[int, int, int]:
@@ -114,19 +111,16 @@ def linear(
             with torch.cuda.device_of(x):
                 outputs.append(dense.linear(rows, packed, E[i], given, group_size).view(*x.shape[:-1], N))
             continue
-        groups = groups_per_row(K, group_size)
-        mantissa = E_mantissa[i]
-        if mantissa is not None:
-            mantissa = mantissa.expand(N, groups)
+        weight = Weight.of(packed, E[i], E_mantissa[i])
         y = x.new_empty((*x.shape[:-1], N), dtype=output_dtype(x.dtype))
         with torch.cuda.device_of(x):
             launch(
                 linear_kernel,
                 ceil_div(M, BLOCK_M) * ceil_div(N, BLOCK_N),
                 rows,
-                packed.contiguous(),
-                E[i].contiguous(),
-                mantissa,
+                weight.T_packed,
+                weight.E,
+                weight.mantissa,
                 bias[i],
                 bias_exponent[i],
                 y,
@@ -134,12 +128,12 @@ def linear(
                 N,
                 K,
                 size,
-                groups,
+                E[i].shape[-1],
                 chunks,
                 tiles,
                 *rows.stride(),
-                *(mantissa.stride() if mantissa is not None else (0, 0)),
-                PLANES=packed.shape[0] if packed.dim() == 3 else 1,
+                *weight.strides,
+                PLANES=weight.planes,
                 BLOCK_M=BLOCK_M,
                 BLOCK_N=BLOCK_N,
                 BLOCK_C=BLOCK_C,

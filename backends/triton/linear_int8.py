@@ -9,8 +9,16 @@ from torch import Tensor
 
 from ternarize.backends.triton.launch import ceil_div, launch
 from ternarize.backends.triton.linear import blocks
-from ternarize.backends.triton.packed import columns, decode, group_scale, load_codes, output_dtype, tiling
-from ternarize.packing import groups_per_row
+from ternarize.backends.triton.packed import (
+    Weight,
+    add_bias,
+    columns,
+    decode,
+    group_scale,
+    load_codes,
+    output_dtype,
+    tiling,
+)
 
 #: The shortest operand of 8 bits that tensor cores take is 32 columns: 8 packed bytes.
 _LEAST_BYTES = 8
@@ -55,12 +63,8 @@ def linear_int8_kernel(
         weight_scale = group_scale(E, mantissa, n, N, group, groups, stride_mantissa_n, stride_mantissa_g)
         # The scale of the token first: the sum alone, times 2^127, would leave the range of float32.
         accumulator += partial.to(tl.float32) * token_scale[:, None] * weight_scale[None, :]
-    if bias is not None:
-        # In float64 every int32 times every 2^exponent is exact, so the bias is rounded once.
-        power = ((tl.load(bias_exponent).to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
-        added = tl.load(bias + n, mask=n < N, other=0).to(tl.float64) * power
-        accumulator += added.to(tl.float32)[None, :]
-    tl.store(y + m_row * N + n[None, :], accumulator.to(y.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+    sums = add_bias(accumulator, bias, bias_exponent, n, N)
+    tl.store(y + m_row * N + n[None, :], sums.to(y.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
 def linear_int8(
@@ -86,10 +90,7 @@ def linear_int8(
     outputs = []
     for i, packed in enumerate(T_packed):
         N = packed.shape[-2]
-        groups = groups_per_row(K, group_size)
-        mantissa = E_mantissa[i]
-        if mantissa is not None:
-            mantissa = mantissa.expand(N, groups)
+        weight = Weight.of(packed, E[i], E_mantissa[i])
         y = q.new_empty((*q.shape[:-1], N), dtype=output_dtype(dtype))
         with torch.cuda.device_of(q):
             launch(
@@ -97,9 +98,9 @@ def linear_int8(
                 ceil_div(M, BLOCK_M) * ceil_div(N, BLOCK_N),
                 rows,
                 scale,
-                packed.contiguous(),
-                E[i].contiguous(),
-                mantissa,
+                weight.T_packed,
+                weight.E,
+                weight.mantissa,
                 bias[i],
                 bias_exponent[i],
                 y,
@@ -107,11 +108,11 @@ def linear_int8(
                 N,
                 K,
                 size,
-                groups,
+                E[i].shape[-1],
                 chunks,
                 tiles,
-                *(mantissa.stride() if mantissa is not None else (0, 0)),
-                PLANES=packed.shape[0] if packed.dim() == 3 else 1,
+                *weight.strides,
+                PLANES=weight.planes,
                 BLOCK_M=BLOCK_M,
                 BLOCK_N=BLOCK_N,
                 BLOCK_C=max(block_bytes, _LEAST_BYTES),

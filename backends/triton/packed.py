@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ternarize.packing import ROW, groups_per_row
 
@@ -45,6 +46,28 @@ def tiling(in_features: int, group_size: int) -> Tiling:
 def multiprocessors(device: torch.device) -> int:
     """How many programs as large as an SM run at a time; 1 in the interpreter."""
     return 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class Weight(NamedTuple):
+    """A layer as kernels read it."""
+
+    T_packed: Tensor
+    """Contiguous."""
+    E: Tensor
+    """Contiguous."""
+    mantissa: Tensor | None
+    """[N, G], of any strides: one number may stand for many groups."""
+    strides: tuple[int, int]
+    """Of the mantissa; zeros without one."""
+    planes: int
+
+    @classmethod
+    def of(cls, T_packed: Tensor, E: Tensor, E_mantissa: Tensor | None) -> "Weight":
+        """From the tensors of `ternarize.ops`."""
+        mantissa = None if E_mantissa is None else E_mantissa.expand_as(E)
+        row, group = (0, 0) if mantissa is None else mantissa.stride()
+        planes = T_packed.shape[0] if T_packed.dim() == 3 else 1
+        return cls(T_packed.contiguous(), E.contiguous(), mantissa, (row, group), planes)
 
 
 def output_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -121,3 +144,14 @@ def group_scale(
     if mantissa is not None:
         scale *= tl.load(mantissa + row * stride_n + group * stride_g, mask=n < N, other=0).to(tl.float32)
     return scale
+
+
+@triton.jit
+def add_bias(sums: tl.tensor, bias: tl.tensor, bias_exponent: tl.tensor, n: tl.tensor, N: tl.tensor) -> tl.tensor:
+    """float32 [BLOCK_M, BLOCK_N] sums and the bias of their columns, or as they are without one."""
+    if bias is not None:
+        # In float64 every int32 times every 2^exponent is exact, so the bias is rounded once.
+        power = ((tl.load(bias_exponent).to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+        added = tl.load(bias + n, mask=n < N, other=0).to(tl.float64) * power
+        sums += added.to(tl.float32)[None, :]
+    return sums

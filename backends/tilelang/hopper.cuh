@@ -7,17 +7,17 @@
 
 namespace ternarize {
 
-// 16 bytes, of which the first ``bytes`` are read and the rest are zeros: past L1, and with their neighbours into L2.
-__device__ __forceinline__ void copy_16_async(void* to, const void* from, int bytes) {
+// 16 bytes, or zeros in their place: past L1, and with their neighbours into L2.
+__device__ __forceinline__ void copy_16_async(void* to, const void* from, bool zeros) {
   asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(
                    static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(from), "r"(bytes)
+               "l"(from), "r"(zeros ? 0 : 16)
                : "memory");
 }
-__device__ __forceinline__ void copy_4_async(void* to, const void* from, int bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(
+__device__ __forceinline__ void copy_4_async(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(
                    static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(from), "r"(bytes)
+               "l"(from)
                : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -145,17 +145,17 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
       uint8_t* const to = ring + stage * STAGE_BYTES;
       const int step = first_step + load_step;
       const int byte = step * LINE_BYTES + piece * 16;
-      const int bytes = ROW_BYTES % LINE_BYTES == 0 || byte < ROW_BYTES ? 16 : 0;
+      const bool past_end = ROW_BYTES % LINE_BYTES != 0 && byte >= ROW_BYTES;
       const int n0 = first_row(load_layer, load_n0);
       const int64_t n = n0 + copy_row;
-      const uint8_t* const from = load_layer.T_packed + n * ROW_BYTES + byte;
+      const uint8_t* const from = load_layer.T_packed + n * ROW_BYTES + (past_end ? 0 : byte);
 #pragma unroll
       for (int plane = 0; plane < PLANES; ++plane)
 #pragma unroll
         for (int row = 0; row < ROWS; row += 4) {
           const int64_t rows = static_cast<int64_t>(plane) * load_layer.N +
                                (is_short ? row_of(load_layer, n0, row + copy_row) - n : row);
-          copy_16_async(to + (plane * ROWS + row) * LINE_BYTES + copy_at, from + rows * ROW_BYTES, bytes);
+          copy_16_async(to + (plane * ROWS + row) * LINE_BYTES + copy_at, from + rows * ROW_BYTES, past_end);
         }
 #pragma unroll
       for (int i = lane; i < ROWS * Exponents::WORDS; i += 32)

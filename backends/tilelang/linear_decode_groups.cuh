@@ -23,10 +23,18 @@ struct GroupValues {
   }
   static __device__ __forceinline__ void copy_async(uint8_t* to, int row_in_block, int row, int step, int lane_word,
                                                     const void* values, int N) {
-    const int from = (offset(row, step) & ~3) + 4 * lane_word;
+    const int from = (offset(row, step) & ~3) + 4 * lane_word, left = N * G * BYTES - from;
+    const auto* const values_at = static_cast<const uint8_t*>(values) + from;
+    uint8_t* const word = to + (row_in_block * WORDS + lane_word) * 4;
     // Rows that are whole steps have no words past their end.
-    const int bytes = ALIGNED && G * BYTES % (4 * WORDS) == 0 ? 4 : min(max(N * G * BYTES - from, 0), 4);
-    copy_4_async(to + (row_in_block * WORDS + lane_word) * 4, static_cast<const uint8_t*>(values) + from, bytes);
+    constexpr bool WHOLE = ALIGNED && G * BYTES % (4 * WORDS) == 0;
+    if (WHOLE || left >= 4) {
+      copy_4_async(word, values_at);
+    } else {
+      uint32_t value = 0;
+      for (int i = 0; i < left; ++i) value |= static_cast<uint32_t>(__ldg(values_at + i)) << 8 * i;
+      *reinterpret_cast<uint32_t*>(word) = value;
+    }
   }
   static __device__ __forceinline__ int read(const uint8_t* ring, int row_in_block, int row, int step, int group) {
     // Past the last group of a row there are zeros in the ring, or the next row: x is zero there.

@@ -55,14 +55,15 @@ SHOWN_LINES = 60
 
 def calls() -> Iterator[tuple[str, torch._ops.OpOverload, tuple[Any, ...]]]:
     """What each call is, its op and its arguments; those of TileLang are guarded."""
+    dtypes = itertools.cycle(DTYPES)
     for sizes, K, group_size, planes, mantissa, bias in LAYERS:
         layers = [
             random_weights(N, K, group_size, planes=planes, mantissa=mantissa, bias=bias, device="cuda") for N in sizes
         ]
+        # So that each number of tokens meets both dtypes.
+        next(dtypes)
         for M in TOKENS:
-            for dtype in DTYPES:
-                x = torch.randn(M, K, device="cuda").to(dtype)
-                yield from _of_one_input(x, layers, group_size)
+            yield from _of_one_input(torch.randn(M, K, device="cuda").to(next(dtypes)), layers, group_size)
 
 
 def _of_one_input(

@@ -133,7 +133,8 @@ def main() -> int:
         return 1
     # Each tensor in its own allocation: in PyTorch's pools most accesses out of bounds would hit a neighbour.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    options = ["--tool", "memcheck", "--target-processes", "application-only", "--print-limit", "20"]
+    # Imports take longer than the tool waits for a process that uses the GPU.
+    options = "--tool memcheck --launch-timeout 0 --target-processes application-only --print-limit 20".split()
     runs = [
         subprocess.Popen(
             [tool, *options, *command, str(first), str(SANITIZERS)],

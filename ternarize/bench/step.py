@@ -27,6 +27,10 @@ Work = Literal["decode", "prefill"]
 #: Tokens of each sequence that the check decodes, one after the other.
 CHECKED_STEPS = 4
 
+#: Prefills of a timed stretch. The first ones run at clocks that the contender before has left: a GPU takes some tenths
+#: of a second to settle at its power limit.
+STRETCH_PREFILLS = 5
+
 #: Calls before the check: Inductor runs the first, records the second as a CUDA graph and replays it from the third on.
 WARM_UP_CALLS = 3
 
@@ -156,9 +160,8 @@ class Contender:
 
     @torch.no_grad()
     def run(self) -> Stretch:
-        """Time a stretch: the new tokens of every sequence, or one prefill."""
-        steps = self._task.new_tokens if self._task.work == "decode" else 1
-        self._rewind(self._cache)
+        """Time a stretch: the new tokens of every sequence, or some prefills, one after the other."""
+        steps = self._task.new_tokens if self._task.work == "decode" else STRETCH_PREFILLS
         seconds = host_seconds(lambda: self._go(steps), self._task.device)
         if self._task.device.type != "cuda":
             return Stretch(seconds=seconds / steps, device_seconds=None)
@@ -166,7 +169,6 @@ class Contender:
 
     def _device_seconds(self, steps: int, head_start: float) -> float:
         laps = Laps(self._task.device)
-        self._rewind(self._cache)
         hold_device(head_start, self._task.device)
         laps.mark()
         self._go(steps)
@@ -174,11 +176,16 @@ class Contender:
         return laps.seconds()[0]
 
     def _go(self, steps: int) -> None:
+        """Steps from the beginning: each decodes what the one before has chosen, or reads the prompts again."""
         tokens = self._inputs[0]
-        for _ in range(steps):
+        for step in range(steps):
+            if self._task.work == "prefill" or step == 0:
+                self._rewind(self._cache)
             torch.compiler.cudagraph_mark_step_begin()
             # A copy: the next replay writes where this one did.
-            tokens = self._compiled(tokens, self._cache)[0].clone()
+            chosen = self._compiled(tokens, self._cache)[0].clone()
+            if self._task.work == "decode":
+                tokens = chosen
 
     def _step(self, tokens: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
         """[B, L] tokens to the next ones [B, 1] and their logits [B, V]."""

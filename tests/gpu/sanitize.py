@@ -8,6 +8,7 @@ Exits with 0 if nothing is found. The kernels are compiled first, by several pro
 import itertools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -134,7 +135,7 @@ def main() -> int:
     # Each tensor in its own allocation: in PyTorch's pools most accesses out of bounds would hit a neighbour.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     # Imports take longer than the tool waits for a process that uses the GPU.
-    options = "--tool memcheck --launch-timeout 0 --target-processes application-only --print-limit 20".split()
+    options = shlex.split("--tool memcheck --launch-timeout 0 --target-processes application-only --print-limit 20")
     runs = [
         subprocess.Popen(
             [tool, *options, *command, str(first), str(SANITIZERS)],

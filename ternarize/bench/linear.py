@@ -5,7 +5,8 @@ Also what training does with a layer: the gradient of its input, and the update 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 from ternarize.bench.contenders import DENSE, Contender, random_contenders
 from ternarize.bench.timing import Pass, record, time_in_turns
 from ternarize.bench.training import UpdateEntrant, grad_input_contenders, random_step
+from ternarize.checkpoint.format import PackedLayer
 from ternarize.config import Activation, TernaryConfig
 from ternarize.errors import one_line
+from ternarize.prewarm import plan_call
 
 Op = Literal["linear", "grad-input", "update"]
 Status = Literal["ok", "wrong", "failed", "not run"]
@@ -68,6 +71,25 @@ class Result:
     def flops(self) -> int:
         """Two for each weight and token, also where some of the weights are zero."""
         return 2 * self.tokens * self.out_features * self.in_features
+
+
+def begin_kernels(shapes: Sequence[tuple[int, int]], plan: Plan) -> None:
+    """Begin to compile the TileLang kernels of all layers N x K side by side, where they will run.
+
+    `measure_shape` waits for each when it needs it.
+    """
+    if plan.op != "linear" or "tilelang" not in plan.kernels or plan.device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(plan.device)
+    for (N, K), activation in itertools.product(shapes, plan.activations):
+        config = dataclasses.replace(plan.config, activation=activation)
+        call = (PackedLayer(config, in_features=K, out_features=N),)
+        for program in plan_call(call, plan.tokens, plan.dtype, "auto", capability).programs:
+            # TileLang takes a second to import, and is for Linux.
+            from ternarize.backends.tilelang import build
+
+            # There is no graph whose flags a guard could raise.
+            build.start(dataclasses.replace(program, guarded=False))
 
 
 def measure_shape(N: int, K: int, plan: Plan) -> Iterator[list[Result]]:

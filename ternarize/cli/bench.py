@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ternarize import ops
 from ternarize.bench.ceilings import Ceilings, measure_ceilings
-from ternarize.bench.linear import Op, Plan, Result, dense_seconds, measure_shape
+from ternarize.bench.linear import Op, Plan, Result, begin_kernels, dense_seconds, measure_shape
 from ternarize.bench.roofline import check_picture, draw_roofline
 from ternarize.calls import shape_of
 from ternarize.cli import add_output_arguments, bench_model, bench_train
@@ -155,6 +155,7 @@ def _linear(arguments: argparse.Namespace, output: Output, device: torch.device,
         highlight=False,
         soft_wrap=True,
     )
+    begin_kernels(arguments.shapes, plan)
     results = []
     for N, K in arguments.shapes:
         measured = []

@@ -1,6 +1,7 @@
 """Kernels of a graph are begun when it is compiled, all at once, and called with all layers of a call."""
 
 import contextlib
+import dataclasses
 from concurrent.futures import Future
 from typing import Any
 
@@ -10,12 +11,13 @@ from torch import Tensor, nn
 
 pytest.importorskip("tilelang", reason="TileLang is for Linux")
 
-from ternarize import TernaryOptimizer, explain, ternarize
+from ternarize import TernaryOptimizer, explain, prewarm, ternarize
 from ternarize.backends import compiler
 from ternarize.backends.select import Choice
 from ternarize.backends.tilelang import build, host, linear
 from ternarize.backends.tilelang.build import Program, UpdateProgram
 from ternarize.backends.tilelang.linear_decode import DecodeTile
+from ternarize.bench.linear import Plan, begin_kernels
 from ternarize.config import Activation, TernaryConfig
 from tests.backends.kit import random_weights
 
@@ -148,3 +150,26 @@ def test_a_call_is_one_launch_of_all_its_layers(guarded: bool, monkeypatch: pyte
     (program,) = launched
     assert program.guarded == guarded
     assert [(layer.mantissa, layer.bias) for layer in program.layers] == [("int16", False), (None, True)]
+
+
+def test_a_bench_begins_the_kernels_of_all_its_layers(started: list[Program], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(prewarm, "choose", lambda *_: Choice("tilelang", "said the test"))
+    plan = Plan(
+        tokens=(1, 40),
+        config=TernaryConfig(),
+        dtype=torch.bfloat16,
+        kernels=("tilelang", "triton"),
+        activations=("float", "int8"),
+        device=torch.device("cuda"),
+        seconds_per_cell=1.0,
+    )
+    begin_kernels([(512, 1024), (130, 96)], plan)
+    begun = [(outputs(program), program.activation, type(program.tile) is DecodeTile) for program in started]
+    assert ([512], "float", True) in begun
+    assert ([512], "int8", False) in begun
+    assert not any(program.guarded for program in started)
+    started.clear()
+    for other in ({"op": "update"}, {"kernels": ("triton",)}, {"device": torch.device("cpu")}):
+        begin_kernels([(512, 1024)], dataclasses.replace(plan, **other))
+    assert not started

@@ -95,6 +95,30 @@ def test_a_training_graph_begins_the_stage_of_its_updates_too(started: list[Prog
     assert "so does the stage of its update" in str(explain(model))
 
 
+def test_inference_with_tilelang_launches_inductors_kernels_programmatically(
+    started: list[Program], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    def compile_fx(graph: Any, _: Any, *, config_patches: dict[str, Any], **__: Any) -> Any:
+        given.append(config_patches.get("triton.enable_pdl"))
+        return graph
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    x = torch.randn(40, 128, dtype=torch.bfloat16)
+    with torch.no_grad():
+        compiled()(x)
+        compiled(options={"triton.enable_pdl": False})(x)
+    model = compiled(trainable=True)
+    TernaryOptimizer(model)
+    model(x)
+    monkeypatch.setattr(compiler, "choose_node", lambda *_: Choice("triton", "said the test"))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled()(x)
+    assert given == [True, False, None, None]
+
+
 def test_a_kernel_is_built_once_and_its_failure_raised_where_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[Program] = []
 

@@ -16,7 +16,7 @@ from ternarize.distributed import keep_out_of_ddp
 from ternarize.errors import ConfigError, ConversionError
 from ternarize.layer import TRAINING_STATE, TernaryLinear, ternary_layers
 from ternarize.passes.swap_linear import swap_linear_calls
-from ternarize.quantize import quantize_bias, quantize_weight, relative_error, require_finite
+from ternarize.quantize import quantize_bias, quantize_weight, relative_error, require_finite, require_ternary
 from ternarize.report import ALREADY_TERNARY, LayerReport, TernaryReport
 
 _DEFAULTS = TernaryConfig()
@@ -55,7 +55,7 @@ def ternarize(
             given, only layers that match one are swapped, also those that are otherwise kept dense by default.
         exclude: likewise; layers that match one are never swapped. The defaults are always added.
         filter_fn: called with each layer that names do not exclude and its qualified name; False keeps it dense.
-        init: how weights become trits, ``absmean`` or ``least_squares``: see `ternarize.quantize`.
+        init: how weights become trits, ``absmean``, ``least_squares`` or ``exact``: see `TernaryConfig`.
         trainable: whether to keep the integers that `ternarize.TernaryOptimizer` needs.
         device: where to move each layer as it is swapped, one at a time; the rest of the model stays where it is.
         inplace: whether to change ``model`` itself. If not, everything but the swapped weights is copied.
@@ -66,8 +66,8 @@ def ternarize(
 
     Raises:
         ConfigError: for options that mean nothing or contradict each other.
-        ConversionError: if nothing can be swapped, a weight is not finite, or ``strict`` forbids a skip. The model is
-            unchanged then.
+        ConversionError: if nothing can be swapped, a weight is not finite, or not ternary where ``init="exact"`` needs
+            it, or ``strict`` forbids a skip. The model is unchanged then.
     """
     config = _resolve(config, group_size, init)
     if isinstance(model, ExportedProgram):
@@ -84,6 +84,8 @@ def ternarize(
     for layer in layers:
         if layer.skip is None:
             _require_finite(layer)
+            if config.init == "exact":
+                require_ternary(layer.weight, config.group_size, f"the weight of {layer.name!r}")
 
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     rows = [_report_ternary(name, ternary, reason=ALREADY_TERNARY) for name, ternary in already]
@@ -211,10 +213,13 @@ def _convert(
         quantized = quantize_weight(weight, config, trainable=trainable, name=f"the weight of {layer.name!r}")
         error = relative_error(weight, quantized, config.group_size)
         bias, bias_exponent = quantize_bias(layer.bias) if layer.bias is not None else (None, None)
+        mantissa = quantized.E_mantissa
         ternary = TernaryLinear.from_levels(
             quantized.levels,
             quantized.E,
             config=config,
+            # Without it more kernels run the layer.
+            E_mantissa=None if mantissa is None or bool((mantissa == 1).all()) else mantissa,
             bias=bias,
             bias_exponent=bias_exponent,
             T_accum=quantized.T_accum,

@@ -12,7 +12,7 @@ from ternarize.packing import check_group_size
 
 Rule = Literal["factored", "sign"]
 Accumulator = Literal["int8", "int4"]
-Init = Literal["absmean", "least_squares"]
+Init = Literal["absmean", "least_squares", "exact"]
 Activation = Literal["float", "int8"]
 Kernels = Literal["auto", "tilelang", "triton", "torch"]
 
@@ -33,7 +33,9 @@ class TernaryConfig:
 
     init: Init = "absmean"
     """How a dense weight becomes levels: `absmean` (BitNet b1.58: 2^E near the mean magnitude; one plane only) or
-    `least_squares` (per group, the power of two with the smallest squared error). More planes always use the latter."""
+    `least_squares` (per group, the power of two with the smallest squared error). More planes always use the latter.
+    `exact` is for weights that are ternary already, -s, 0 and s in each group: s is kept as it is, an integer mantissa
+    times 2^E; one plane only."""
 
     activation: Activation = "float"
     """How a layer multiplies its input: `float`, as it comes (W2A16), or `int8`, rounded to 8 bits with one scale a
@@ -62,6 +64,8 @@ class TernaryConfig:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(map(str, choices))}"
                 )
+        if self.init == "exact" and self.planes > 1:
+            raise ConfigError(f"init='exact' keeps weights that are ternary already in one plane: planes={self.planes}")
         if self.rule == "sign" and self.accumulator == "int4":
             raise ConfigError("accumulator='int4' is a form of the 'factored' rule: drop it, or use rule='factored'")
 

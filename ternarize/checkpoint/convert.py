@@ -1,4 +1,4 @@
-"""Dense checkpoints to packed ones, a tensor at a time."""
+"""Checkpoints to packed ones, a tensor at a time."""
 
 import dataclasses
 import math
@@ -119,7 +119,7 @@ def convert(
 
     Raises:
         CheckpointError: if the source cannot be read or the destination must not be written.
-        ConversionError: if nothing can be converted, or weights are not finite.
+        ConversionError: if nothing can be converted, or weights are not finite, or not ternary for ``init="exact"``.
         ConfigError: for an option that means nothing.
     """
     destination = Path(destination)
@@ -214,9 +214,10 @@ def _convert_tensor(
     tensor = checkpoint.load(name)
     if candidate is not None and candidate.reason is None:
         weight = tensor.T if candidate.transposed else tensor
-        T_packed, E, T_accum, error = _pack_weight(weight, config, name, trainable=training is not None)
-        writer.write(f"{layer}.T_packed", T_packed)
-        writer.write(f"{layer}.E", E)
+        packed, error = _pack_weight(weight, config, name, trainable=training is not None)
+        T_accum = packed.pop("T_accum", None)
+        for key, value in packed.items():
+            writer.write(f"{layer}.{key}", value)
         if training is not None:
             fresh = plan.layers[layer].empty(trainable=True).state_dict() | {"T_accum": T_accum}
             for key in TRAINING_STATE:
@@ -234,27 +235,32 @@ def _convert_tensor(
 
 def _pack_weight(
     weight: Tensor, config: TernaryConfig, name: str, *, trainable: bool
-) -> tuple[Tensor, Tensor, Tensor | None, float]:
-    """T_packed, E, T_accum if trainable, and the relative squared error of a dense weight.
+) -> tuple[dict[str, Tensor], float]:
+    """T_packed, E, T_accum if trainable, E_mantissa if exact, and the relative squared error of a dense weight.
 
     By strips of rows, so that scratch is bounded.
     """
     rows, in_features = weight.shape
     group_size = ROW if config.group_size >= in_features else config.group_size
-    packed, exponents, accumulators = [], [], []
+    strips: dict[str, list[Tensor]] = {"T_packed": [], "E": [], "T_accum": [], "E_mantissa": []}
     error = total = 0.0
     for strip in row_strips(rows, in_features):
         quantized = quantize_weight(weight[strip], config, trainable=trainable, name=name)
         levels = quantized.levels
-        packed.append(pack(levels if config.planes == 1 else split_planes(levels, config.planes), group_size))
-        exponents.append(quantized.E)
+        strips["T_packed"].append(
+            pack(levels if config.planes == 1 else split_planes(levels, config.planes), group_size)
+        )
+        strips["E"].append(quantized.E)
         if quantized.T_accum is not None:
-            accumulators.append(quantized.T_accum)
+            strips["T_accum"].append(quantized.T_accum)
+        if quantized.E_mantissa is not None:
+            strips["E_mantissa"].append(quantized.E_mantissa)
         energy = weight[strip].to(torch.float64).square().sum().item()
         error += energy * relative_error(weight[strip], quantized, group_size)
         total += energy
-    T_accum = torch.cat(accumulators) if accumulators else None
-    return torch.cat(packed, -2), torch.cat(exponents), T_accum, error / total if total else 0.0
+    # Rows are the last but one dimension, also of several planes.
+    tensors = {key: torch.cat(found, -2) for key, found in strips.items() if found}
+    return tensors, error / total if total else 0.0
 
 
 def _copy_training_state(checkpoint: Source, folder: Path) -> None:

@@ -9,10 +9,12 @@ from torch import nn
 from ternarize.candidates import DenseLayer, Skip, find_dense_layers
 from ternarize.checkpoint.format import PackedLayer
 from ternarize.checkpoint.packed import PackedCheckpoint
-from ternarize.checkpoint.source import Source
+from ternarize.checkpoint.source import Source, TensorInfo
 from ternarize.checkpoint.transformers_model import empty_model, is_conv1d, model_names
 from ternarize.config import TernaryConfig
 from ternarize.errors import CheckpointError
+from ternarize.packing import groups_per_row
+from ternarize.quantize.exact import MANTISSA_DTYPES
 from ternarize.skip import skip_reason
 
 #: Dtypes of dense weights; the 8-bit floats need scales that no format here says where to find.
@@ -87,7 +89,7 @@ def make_plan(
         transposed = False
         if 0 in info.shape:
             reason: str | None = "it is empty"
-        elif info.dtype not in CONVERTIBLE:
+        elif info.dtype not in (CONVERTIBLE if config.init != "exact" else MANTISSA_DTYPES):
             reason = f"its dtype is {str(info.dtype).removeprefix('torch.')}"
         elif model is None:
             reason = skip_reason(layer, include, exclude)
@@ -100,12 +102,20 @@ def make_plan(
         else:
             reason = f"no module of {type(model).__name__}"
         in_features, out_features = info.shape if transposed else reversed(info.shape)
-        packed = PackedLayer(config, in_features, out_features, bias=f"{layer}.bias" in sources)
+        mantissa = _mantissa(config, in_features, out_features, info.dtype)
+        packed = PackedLayer(config, in_features, out_features, f"{layer}.bias" in sources, mantissa)
         reason = reason or _obstacle(source, sources, layer, packed)
         candidates[name] = Candidate(layer, (out_features, in_features), transposed, reason)
         if reason is None:
             layers[layer] = packed
     return Plan(identified_by, targets, candidates, layers)
+
+
+def _mantissa(config: TernaryConfig, in_features: int, out_features: int, dtype: torch.dtype) -> TensorInfo | None:
+    """E_mantissa of a layer, if it gets one."""
+    if config.init != "exact" or dtype not in MANTISSA_DTYPES:
+        return None
+    return TensorInfo((out_features, groups_per_row(in_features, config.group_size)), MANTISSA_DTYPES[dtype])
 
 
 def _obstacle(source: Source, sources: Mapping[str, str], name: str, layer: PackedLayer) -> str | None:

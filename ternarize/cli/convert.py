@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--planes",
         type=int,
         choices=(1, 2, 3),
-        default=3,
-        help="trit planes, 2 bits a weight each: 3 is usable as it is, 1 is a start for training (default 3)",
+        help="trit planes, 2 bits a weight each: 3 is usable as it is, 1 is a start for training (default 3, or 1 with "
+        "--init exact)",
     )
     parser.add_argument(
         "--trainable",
@@ -47,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--init",
         choices=get_args(Init),
         default="least_squares",
-        help="how the exponent of one plane is chosen; more planes always use least_squares (the default)",
+        help="how the exponent of one plane is chosen; more planes always use least_squares (the default). exact: the "
+        "weights are ternary already, -s, 0 and s in each group, and stay what they are",
     )
     parser.add_argument(
         "--activation",
@@ -76,8 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
     """Run the verb."""
+    exact = arguments.init == "exact"
     config = TernaryConfig(
-        planes=arguments.planes,
+        planes=arguments.planes or (1 if exact else 3),
         group_size=arguments.group_size,
         init=arguments.init,
         activation=arguments.activation,
@@ -86,10 +88,10 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
     report = _convert(arguments, config, output)
     _print(report, output)
     result = report.as_dict()
-    one_plane = report.planes == 1
-    if text is not None or (one_plane and not arguments.no_eval):
+    rounded_to_trits = report.planes == 1 and not exact
+    if text is not None or (rounded_to_trits and not arguments.no_eval):
         result["perplexity"] = _perplexities(report, text, output)
-    if one_plane:
+    if rounded_to_trits:
         output.warn(
             f"one trit plane alone is not usable without training{_ratio(result)}: "
             "train this model, or convert with --planes 3"

@@ -1,4 +1,4 @@
-"""Dense weights to integer levels and power-of-two exponents: rounding here, one file for each choice of exponents."""
+"""Dense weights to integer levels and exponents: rounding here, one file for each choice of exponents."""
 
 import dataclasses
 import math
@@ -9,8 +9,9 @@ from torch import Tensor
 from ternarize.backends.torch.update import FORMS
 from ternarize.config import TernaryConfig
 from ternarize.errors import ConversionError, ShapeError
-from ternarize.packing import E_MAX, E_MIN, exp2_exact, expand_groups, groups_per_row, largest_level, row_strips
+from ternarize.packing import E_MAX, E_MIN, expand_groups, group_scale, groups_per_row, largest_level, row_strips
 from ternarize.quantize.absmean import absmean_exponents
+from ternarize.quantize.exact import MANTISSA_DTYPES, exact_scales
 from ternarize.quantize.least_squares import least_squares_exponents
 
 
@@ -22,10 +23,13 @@ class Quantized:
     """int8 [N, K], of magnitude up to (3^P - 1) / 2."""
 
     E: Tensor
-    """int8 [N, G]: the weight is about levels · 2^E."""
+    """int8 [N, G]: the weight is about levels · 2^E, or exactly that times E_mantissa."""
 
     T_accum: Tensor | None
     """int8 [N, K], where the accumulators of a trainable layer start; None for other layers."""
+
+    E_mantissa: Tensor | None
+    """uint8, int16 or int32 [N, G], by the dtype of the weight; None unless ``init="exact"``."""
 
 
 def quantize_weight(
@@ -37,7 +41,8 @@ def quantize_weight(
     b1.58, Ma et al., 2024, arXiv:2402.17764, section 2, with the scale rounded); otherwise it is the one with the
     smallest squared error. What rounding to a trit leaves goes into T_accum, so that a trit and its accumulator are one
     position that training moves continuously. A group of zeros gets the exponent that nn.Linear's own initialisation
-    would have given it: training can fill it.
+    would have given it: training can fill it. With ``init="exact"`` the weight is ternary already, and nothing is
+    rounded (`ternarize.quantize.exact`).
 
     Works on strips of rows: beside the result, scratch is bounded whatever the size of the weight.
 
@@ -48,10 +53,10 @@ def quantize_weight(
         name: of the weight, for messages.
 
     Returns:
-        Levels, exponents within [-126, 127] with levels · 2^E finite in float32, and the accumulators.
+        Levels, exponents within [-126, 127] with levels · 2^E finite in float32, the accumulators and mantissas.
 
     Raises:
-        ConversionError: if the weight holds NaN, Inf or numbers beyond float32.
+        ConversionError: if the weight holds NaN, Inf or numbers beyond float32, or is not ternary where it has to be.
         ShapeError: if the weight is no floating-point matrix.
     """
     if weight.dim() != 2 or not weight.is_floating_point():
@@ -62,16 +67,34 @@ def quantize_weight(
     levels = weight.new_empty((rows, in_features), dtype=torch.int8)
     E = weight.new_empty((rows, groups), dtype=torch.int8)
     T_accum = torch.zeros_like(levels) if trainable and config.planes == 1 else None
+    E_mantissa = torch.ones_like(E, dtype=mantissa_dtype(weight.dtype, name)) if config.init == "exact" else None
     for strip in row_strips(rows, in_features):
         grouped = _group(finite_float32(weight[strip], name), config.group_size)
-        E[strip] = _exponents(grouped, in_features, config)
-        position = grouped / exp2_exact(E[strip])[..., None]
+        if E_mantissa is None:
+            E[strip] = _exponents(grouped, in_features, config)
+        else:
+            exponents, mantissas = exact_scales(grouped, name)
+            E[strip] = torch.where(mantissas > 0, exponents, _untrained_exponent(in_features))
+            E_mantissa[strip] = mantissas.clamp_min(1).to(E_mantissa.dtype)
+        position = grouped / group_scale(E[strip], None if E_mantissa is None else E_mantissa[strip])[..., None]
         largest = largest_level(config.planes)
         nearest = torch.round(position).clamp(-largest, largest)
         levels[strip] = _ungroup(nearest, in_features)
         if T_accum is not None and config.rule == "factored":
             T_accum[strip] = _ungroup(_remainder(position - nearest, config.accumulator), in_features)
-    return Quantized(levels, E, T_accum)
+    return Quantized(levels, E, T_accum, E_mantissa)
+
+
+def mantissa_dtype(dtype: torch.dtype, name: str) -> torch.dtype:
+    """Of the mantissas of scales of a dtype.
+
+    Raises:
+        ConversionError: for a dtype that has more bits than mantissas.
+    """
+    if dtype not in MANTISSA_DTYPES:
+        known = ", ".join(str(each).removeprefix("torch.") for each in MANTISSA_DTYPES)
+        raise ConversionError(f"{name} is {dtype}: init='exact' takes one of {known}")
+    return MANTISSA_DTYPES[dtype]
 
 
 def finite_float32(tensor: Tensor, name: str) -> Tensor:
@@ -89,10 +112,18 @@ def finite_float32(tensor: Tensor, name: str) -> Tensor:
 
 
 def require_finite(weight: Tensor, name: str) -> None:
-    """Raise the ConversionError that `quantize_weight` would, and do nothing else; a weight without data passes."""
+    """Raise if `quantize_weight` or `quantize_bias` would for what is not finite; a weight without data passes."""
     if not weight.is_meta:
         for strip in row_strips(*weight.shape):
             finite_float32(weight[strip], name)
+
+
+def require_ternary(weight: Tensor, group_size: int, name: str) -> None:
+    """Raise if `quantize_weight` would with ``init="exact"``; a weight without data passes."""
+    mantissa_dtype(weight.dtype, name)
+    if not weight.is_meta:
+        for strip in row_strips(*weight.shape):
+            exact_scales(_group(finite_float32(weight[strip], name), group_size), name)
 
 
 def _group(strip: Tensor, group_size: int) -> Tensor:
@@ -117,9 +148,12 @@ def _exponents(grouped: Tensor, in_features: int, config: TernaryConfig) -> Tens
         exponents = least_squares_exponents(grouped, largest)
     # largest · 2^E stays finite in float32: 13 · 2^124 is below 2^128, 13 · 2^125 is not.
     exponents = exponents.clamp(E_MIN, E_MAX - int(math.log2(largest)))
-    # The mean magnitude of nn.Linear's uniform(-1/sqrt(K), 1/sqrt(K)).
-    untrained = round(math.log2(0.5 / math.sqrt(in_features)))
-    return torch.where(grouped.any(-1), exponents, untrained).to(torch.int8)
+    return torch.where(grouped.any(-1), exponents, _untrained_exponent(in_features)).to(torch.int8)
+
+
+def _untrained_exponent(in_features: int) -> int:
+    """Of the mean magnitude of nn.Linear's uniform(-1/sqrt(K), 1/sqrt(K))."""
+    return round(math.log2(0.5 / math.sqrt(in_features)))
 
 
 def _remainder(remainder: Tensor, accumulator: str) -> Tensor:
@@ -150,18 +184,19 @@ def quantize_bias(bias: Tensor, *, name: str = "bias") -> tuple[Tensor, Tensor]:
 
 
 def relative_error(weight: Tensor, quantized: Quantized, group_size: int) -> float:
-    """|W - W'|² / |W|², W' being levels · 2^E; 0 for a weight of zeros.
+    """|W - W'|² / |W|², W' being levels times their scales; 0 for a weight of zeros.
 
     Args:
         weight: floating [N, K], finite in float32.
-        quantized: its levels and exponents.
+        quantized: its levels, exponents and mantissas.
         group_size: that it was quantised with.
     """
     in_features = weight.shape[1]
     error, total = weight.new_zeros(2, dtype=torch.float64)
     for strip in row_strips(*weight.shape):
         dense = weight[strip].detach().to(torch.float64)
-        scale = exp2_exact(quantized.E[strip]).to(torch.float64)
+        mantissa = None if quantized.E_mantissa is None else quantized.E_mantissa[strip]
+        scale = group_scale(quantized.E[strip], mantissa).to(torch.float64)
         error += (dense - quantized.levels[strip] * expand_groups(scale, in_features, group_size)).square().sum()
         total += dense.square().sum()
     return (error / total).item() if total else 0.0

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from ternarize import ternarize
+from ternarize import dequantize, ternarize
 from ternarize.checkpoint import convert, from_pretrained, open_checkpoint
 from ternarize.checkpoint.source import read_json
 from ternarize.checkpoint.write import write_json
@@ -232,3 +232,53 @@ def test_peak_memory_stays_under_three_times_the_largest_tensor(tmp_path: Path) 
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     largest = rows * columns * 4
     assert int(result.stdout) < 3 * largest, f"{int(result.stdout) / largest:.2f} times the largest tensor"
+
+
+def make_ternary(source: Path, folder: Path, dtype: torch.dtype) -> Path:
+    """The tiny model with trits times a scale of each row in place of its blocks' matrices."""
+    model = LlamaForCausalLM.from_pretrained(source, dtype=dtype)
+    for name, parameter in model.named_parameters():
+        if "_proj" in name:
+            scale = parameter.detach().abs().float().mean(1, keepdim=True).to(dtype)
+            with torch.no_grad():
+                parameter.copy_((parameter / scale).round().clamp(-1, 1) * scale)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float32, 24)], ids=str)
+def test_weights_that_are_ternary_stay_what_they_are(
+    dtype: torch.dtype, bits: int, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    source = make_ternary(tiny_checkpoint, tmp_path / "dense", dtype)
+    report = convert(source, tmp_path / "out", TernaryConfig(init="exact", group_size=32))
+    assert report.mean_weight_error == 0
+    assert len(report.converted) == 14
+    quantization = read_json(tmp_path / "out" / "config.json")["quantization_config"]
+    assert (quantization["init"], quantization["scale_mantissa_bits"]) == ("exact", bits)
+    expected = LlamaForCausalLM.from_pretrained(source).state_dict()
+    made = dequantize(from_pretrained(tmp_path / "out"), dtype).state_dict()
+    assert all(torch.equal(made[name], tensor) for name, tensor in expected.items())
+    # Packed again, it keeps its mantissas.
+    convert(tmp_path / "out", tmp_path / "again")
+    again = dequantize(from_pretrained(tmp_path / "again"), dtype).state_dict()
+    assert all(torch.equal(again[name], made[name]) for name in made)
+
+
+def test_exact_conversion_of_other_weights_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match=r"model\.layers\.0\..* is not ternary: a group of 32 weights"):
+        convert(tiny_checkpoint, tmp_path / "out", TernaryConfig(init="exact", group_size=32))
+    assert not (tmp_path / "out").exists()
+
+
+def test_ternary_blocks_of_gguf_stay_what_they_are(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    weight = torch.randint(-1, 2, (8, 512)) * torch.tensor([[0.0213], [0.5], [3.1], [1e-3]]).half().float().repeat(2, 1)
+    blocks = gguf.quantize(weight.numpy(), gguf.GGMLQuantizationType.TQ2_0)
+    back = torch.from_numpy(gguf.dequantize(blocks, gguf.GGMLQuantizationType.TQ2_0))
+    quantized = quantize_weight(back, TernaryConfig(init="exact"))
+    layer = TernaryLinear.from_levels(
+        quantized.levels, quantized.E, config=TernaryConfig(), E_mantissa=quantized.E_mantissa
+    )
+    assert torch.equal(dequantize(layer).get_parameter("weight"), back)
+    assert torch.equal(back, weight)

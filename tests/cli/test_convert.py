@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from ternarize.checkpoint.source import read_json
 from ternarize.checkpoint.write import write_json
-from ternarize.cli import main
+from ternarize.cli import FAILURE, USAGE, main
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -108,6 +108,22 @@ def test_no_eval_still_warns(source: Path, tmp_path: Path, capsys: pytest.Captur
     captured = capsys.readouterr()
     assert "perplexity" not in json.loads(captured.out)
     assert "not usable without training" in captured.err
+
+
+def test_exact_is_one_plane_that_needs_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"up.weight": torch.randint(-1, 2, (64, 256)) * 0.3}, tmp_path / "dense.safetensors")
+    call = ["convert", str(tmp_path / "dense.safetensors"), str(tmp_path / "out"), "--init", "exact", "--json"]
+    assert main(call) == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert (report["planes"], report["mean_weight_error"]) == (1, 0)
+    assert "perplexity" not in report
+    assert "training" not in captured.err
+    assert main([*call, "--planes", "3", "--force"]) == USAGE
+    assert "init='exact' keeps weights that are ternary already in one plane: planes=3" in capsys.readouterr().out
+    save_file({"up.weight": torch.randn(64, 256)}, tmp_path / "dense.safetensors")
+    assert main([*call, "--force"]) == FAILURE
+    assert "up.weight is not ternary" in json.loads(capsys.readouterr().out)["error"]
 
 
 def test_trainable_writes_where_training_starts(source: Path, tmp_path: Path) -> None:

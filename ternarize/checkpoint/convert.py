@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ternarize.checkpoint.bitnet import BitNetFiles
 from ternarize.checkpoint.format import QUANT_METHOD, TRAINING, WEIGHTS, quantization_config
 from ternarize.checkpoint.packed import PackedCheckpoint
 from ternarize.checkpoint.plan import Plan, make_plan
@@ -104,7 +105,8 @@ def convert(
     Args:
         source: what `open_checkpoint` reads.
         destination: folder to write; it appears only when all of it is on disk.
-        config: group size, planes and init of the new layers; by default three planes, which need no training.
+        config: group size, planes and init of the new layers; by default three planes, which need no training, or for
+            BitNet's packed checkpoints, which are ternary already, ``init="exact"`` and int8 activations.
         include: if given, only layers whose names match one of these patterns are converted.
         exclude: layers that match one of these stay dense, beside the default ones (`ternarize.skip`).
         max_shard_size: of a weights file, like '5GB', or bytes.
@@ -123,14 +125,14 @@ def convert(
         ConfigError: for an option that means nothing.
     """
     destination = Path(destination)
-    config = config or TernaryConfig(planes=3)
     shard_bytes = parse_size(max_shard_size)
     if dtype is not None and dtype not in DENSE_DTYPES:
         raise ConfigError(f"dtype {dtype} is not one of float32, bfloat16 and float16")
-    if trainable and config.planes > 1:
-        raise ConfigError(f"trainable needs one trit plane, not {config.planes}: use planes=1, or leave trainable out")
     check_destination(destination, force=force, source=Path(source))
     checkpoint = open_checkpoint(source)
+    config = _config_for(checkpoint, config)
+    if trainable and config.planes > 1:
+        raise ConfigError(f"trainable needs one trit plane, not {config.planes}: use planes=1, or leave trainable out")
     if trainable and isinstance(checkpoint, PackedCheckpoint):
         raise ConfigError(f"{source} is ternary already, what rounding left is lost: convert the dense checkpoint")
     _refuse_quantized(checkpoint)
@@ -154,6 +156,19 @@ def convert(
         _copy_training_state(checkpoint, folder)
         write_json(folder / CONFIG_FILE, _config(checkpoint, plan, dtype))
     return _report(checkpoint, destination, plan, config, outputs, errors, total)
+
+
+def _config_for(checkpoint: Source, config: TernaryConfig | None) -> TernaryConfig:
+    """What was asked for, or what suits the checkpoint; of BitNet's the layers round their input and nothing else."""
+    if not isinstance(checkpoint, BitNetFiles):
+        return config or TernaryConfig(planes=3)
+    config = config or TernaryConfig(init="exact", activation="int8")
+    if (config.init, config.activation) != ("exact", "int8"):
+        raise ConfigError(
+            f"{checkpoint.path} is ternary already, and its layers take int8: use init='exact' and activation='int8' "
+            "(--init exact --activation int8)"
+        )
+    return config
 
 
 def _refuse_quantized(checkpoint: Source) -> None:

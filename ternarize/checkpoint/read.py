@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ternarize.checkpoint import bitnet
 from ternarize.checkpoint.format import QUANT_METHOD
 from ternarize.checkpoint.gguf_file import GgufFile
 from ternarize.checkpoint.packed import PackedCheckpoint
@@ -39,8 +40,14 @@ def open_checkpoint(path: str | Path) -> Source:
 
 
 def _open_folder(path: Path) -> Source:
-    if quant_method(read_config(path)) == QUANT_METHOD:
+    method = quant_method(read_config(path))
+    if method == QUANT_METHOD:
         return PackedCheckpoint(path)
+    source = _open_weights(path)
+    return bitnet.BitNetFiles(source) if method == bitnet.METHOD else source
+
+
+def _open_weights(path: Path) -> Source:
     for name in INDEXES:
         if (path / name).is_file():
             return _open_files(path, files_of_index(path / name))

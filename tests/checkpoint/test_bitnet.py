@@ -1,0 +1,116 @@
+"""Checkpoints that transformers packed by its quant_method "bitnet"."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaForCausalLM
+from transformers.integrations.bitnet import pack_weights
+
+from ternarize import TernaryLinear, dequantize
+from ternarize.checkpoint import convert, from_pretrained, open_checkpoint
+from ternarize.checkpoint.source import read_json
+from ternarize.checkpoint.write import write_json
+from ternarize.config import TernaryConfig
+from ternarize.errors import CheckpointError, ConfigError
+
+LAYER = "model.layers.1.mlp.down_proj"
+
+
+def pack_folder(source: Path, folder: Path, **quantization: Any) -> dict[str, Tensor]:
+    """Pack the blocks of a dense folder as transformers does; returns the float weights that these stand for."""
+    divides = quantization.get("linear_class") != "autobitlinear"
+    model = LlamaForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    weights = {}
+    for name in [name for name in tensors if "_proj.weight" in name]:
+        mean = tensors[name].float().abs().mean()
+        T = (tensors[name].float() / mean).round().clamp(-1, 1)
+        scale = (1 / mean if divides else mean).reshape(1).bfloat16()
+        weights[name] = T * (scale.float().reciprocal() if divides else scale.float())
+        tensors |= {name: pack_weights(T.clone()), f"{name}_scale": scale}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = read_json(folder / "config.json")
+    config["quantization_config"] = {"quant_method": "bitnet", "modules_to_not_convert": ["lm_head"], **quantization}
+    write_json(folder / "config.json", config)
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("quantization", "mantissas"),
+    [({}, torch.int32), ({"linear_class": "autobitlinear", "quantization_mode": "offline"}, torch.uint8)],
+    ids=["divide", "multiply"],
+)
+def test_every_weight_and_the_rounding_of_inputs_come_over(
+    quantization: dict[str, Any], mantissas: torch.dtype, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    weights = pack_folder(tiny_checkpoint, tmp_path / "packed", **quantization)
+    report = convert(tmp_path / "packed", tmp_path / "out")
+    assert (report.source_format, report.mean_weight_error, len(report.converted)) == ("bitnet", 0, 14)
+    model = from_pretrained(tmp_path / "out")
+    layer = model.get_submodule(LAYER)
+    assert isinstance(layer, TernaryLinear)
+    assert layer.activation == "int8"
+    assert layer.E_mantissa is not None
+    assert layer.E_mantissa.dtype == mantissas
+    made = dequantize(model, torch.float32).state_dict()
+    for name, weight in weights.items():
+        assert torch.equal(made[name], weight), name
+
+
+def test_a_layer_computes_what_bitlinear_does(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    pack_folder(tiny_checkpoint, tmp_path / "packed")
+    tensors = load_file(tmp_path / "packed" / "model.safetensors")
+    convert(tmp_path / "packed", tmp_path / "out")
+    layer = from_pretrained(tmp_path / "out").get_submodule(LAYER)
+    assert isinstance(layer, TernaryLinear)
+    packed, scale = tensors[f"{LAYER}.weight"], tensors[f"{LAYER}.weight_scale"]
+    x = torch.randn(5, layer.in_features)
+    # BitLinear.activation_quant and post_quant_process, in float64.
+    input_scale = 127 / x.abs().amax(-1, keepdim=True)
+    q = (x * input_scale).round().clamp(-128, 127).double()
+    T = torch.cat([(packed >> 2 * i) & 3 for i in range(4)]).double() - 1
+    expected = q @ T.t() / (input_scale.double() * scale.double())
+    torch.testing.assert_close(layer(x).double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_it_is_not_rounded_by_mistake(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    pack_folder(tiny_checkpoint, tmp_path / "packed")
+    for config in (TernaryConfig(planes=3), TernaryConfig(init="exact")):
+        with pytest.raises(ConfigError, match="--init exact --activation int8"):
+            convert(tmp_path / "packed", tmp_path / "out", config)
+    convert(tmp_path / "packed", tmp_path / "out", TernaryConfig(init="exact", activation="int8", group_size=-1))
+    assert not (tmp_path / "out" / "training_state.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ({"use_rms_norm": True}, "has a norm in each of its linear layers"),
+        ({"linear_class": "autobitlinear", "quantization_mode": "online"}, "rounded while the model runs"),
+    ],
+)
+def test_layers_that_are_more_than_a_packed_matrix_are_refused(
+    quantization: dict[str, Any], message: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    pack_folder(tiny_checkpoint, tmp_path / "packed", **quantization)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "packed")
+
+
+def test_damage_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "packed"
+    pack_folder(tiny_checkpoint, folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {f"{LAYER}.weight_scale": torch.ones(3)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{LAYER}\.weight is uint8 .* scale of float32 \[3\]"):
+        open_checkpoint(folder)
+    tensors[f"{LAYER}.weight"][1, 2] = 0b1100
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{LAYER}\.weight holds the code 3"):
+        convert(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -106,7 +106,7 @@ def convert(
         source: what `open_checkpoint` reads.
         destination: folder to write; it appears only when all of it is on disk.
         config: group size, planes and init of the new layers; by default three planes, which need no training, or for
-            BitNet's packed checkpoints, which are ternary already, ``init="exact"`` and int8 activations.
+            BitNet's packed checkpoints, which are ternary already, ``init="exact"``, whole rows and int8 activations.
         include: if given, only layers whose names match one of these patterns are converted.
         exclude: layers that match one of these stay dense, beside the default ones (`ternarize.skip`).
         max_shard_size: of a weights file, like '5GB', or bytes.
@@ -159,10 +159,10 @@ def convert(
 
 
 def _config_for(checkpoint: Source, config: TernaryConfig | None) -> TernaryConfig:
-    """What was asked for, or what suits the checkpoint; of BitNet's the layers round their input and nothing else."""
+    """What was asked for, or what suits the checkpoint: BitNet's matrices have one scale each, and layers take int8."""
     if not isinstance(checkpoint, BitNetFiles):
         return config or TernaryConfig(planes=3)
-    config = config or TernaryConfig(init="exact", activation="int8")
+    config = config or TernaryConfig(group_size=ROW, init="exact", activation="int8")
     if (config.init, config.activation) != ("exact", "int8"):
         raise ConfigError(
             f"{checkpoint.path} is ternary already, and its layers take int8: use init='exact' and activation='int8' "

@@ -54,7 +54,7 @@ def test_every_weight_and_the_rounding_of_inputs_come_over(
     model = from_pretrained(tmp_path / "out")
     layer = model.get_submodule(LAYER)
     assert isinstance(layer, TernaryLinear)
-    assert layer.activation == "int8"
+    assert (layer.activation, layer.E.shape) == ("int8", (layer.out_features, 1))
     assert layer.E_mantissa is not None
     assert layer.E_mantissa.dtype == mantissas
     made = dequantize(model, torch.float32).state_dict()
@@ -83,7 +83,7 @@ def test_it_is_not_rounded_by_mistake(tiny_checkpoint: Path, tmp_path: Path) -> 
     for config in (TernaryConfig(planes=3), TernaryConfig(init="exact")):
         with pytest.raises(ConfigError, match="--init exact --activation int8"):
             convert(tmp_path / "packed", tmp_path / "out", config)
-    convert(tmp_path / "packed", tmp_path / "out", TernaryConfig(init="exact", activation="int8", group_size=-1))
+    convert(tmp_path / "packed", tmp_path / "out", TernaryConfig(init="exact", activation="int8"))
     assert not (tmp_path / "out" / "training_state.safetensors").exists()
 
 

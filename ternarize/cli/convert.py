@@ -41,20 +41,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --planes 1: also write the state that training starts from (training_state.safetensors)",
     )
     parser.add_argument(
-        "--group-size", type=int, default=128, help="weights that share an exponent; -1 for whole rows (default 128)"
+        "--group-size", type=int, help="weights that share an exponent; -1 for whole rows (default 128)"
     )
     parser.add_argument(
         "--init",
         choices=get_args(Init),
-        default="least_squares",
         help="how the exponent of one plane is chosen; more planes always use least_squares (the default). exact: the "
         "weights are ternary already, -s, 0 and s in each group, and stay what they are",
     )
     parser.add_argument(
         "--activation",
         choices=get_args(Activation),
-        default="float",
-        help="how layers multiply their input: as it comes, or rounded to int8 a token, for models trained so (BitNet)",
+        help="how layers multiply their input: as it comes (the default), or rounded to int8 a token, for models trained "
+        "so (BitNet)",
     )
     parser.add_argument(
         "--include", action="append", metavar="PAT", help="convert only layers whose names match (repeatable)"
@@ -77,18 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
     """Run the verb."""
-    exact = arguments.init == "exact"
-    config = TernaryConfig(
-        planes=arguments.planes or (1 if exact else 3),
-        group_size=arguments.group_size,
-        init=arguments.init,
-        activation=arguments.activation,
-    )
+    config = _config(arguments)
     text = None if arguments.eval is None else read_text("--eval", arguments.eval)
     report = _convert(arguments, config, output)
     _print(report, output)
     result = report.as_dict()
-    rounded_to_trits = report.planes == 1 and not exact
+    rounded_to_trits = report.planes == 1 and report.mean_weight_error != 0
     if text is not None or (rounded_to_trits and not arguments.no_eval):
         result["perplexity"] = _perplexities(report, text, output)
     if rounded_to_trits:
@@ -99,7 +92,17 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
     return result
 
 
-def _convert(arguments: argparse.Namespace, config: TernaryConfig, output: Output) -> ConversionReport:
+def _config(arguments: argparse.Namespace) -> TernaryConfig | None:
+    """What the options ask for; without any, what suits the source."""
+    options = ("planes", "group_size", "init", "activation")
+    given = {name: getattr(arguments, name) for name in options if getattr(arguments, name) is not None}
+    if not given:
+        return None
+    planes = 1 if given.get("init") == "exact" else 3
+    return TernaryConfig(**{"planes": planes, "init": "least_squares", **given})
+
+
+def _convert(arguments: argparse.Namespace, config: TernaryConfig | None, output: Output) -> ConversionReport:
     with output.bytes_progress() as progress:
         task = progress.add_task("opening", total=None)
 

@@ -6,38 +6,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import LlamaForCausalLM
-from transformers.integrations.bitnet import pack_weights
 
 from ternarize import TernaryLinear, dequantize
 from ternarize.checkpoint import convert, from_pretrained, open_checkpoint
-from ternarize.checkpoint.source import read_json
-from ternarize.checkpoint.write import write_json
 from ternarize.config import TernaryConfig
 from ternarize.errors import CheckpointError, ConfigError
+from tests.bitnet_kit import pack_as_bitnet
 
 LAYER = "model.layers.1.mlp.down_proj"
-
-
-def pack_folder(source: Path, folder: Path, **quantization: Any) -> dict[str, Tensor]:
-    """Pack the blocks of a dense folder as transformers does; returns the float weights that these stand for."""
-    divides = quantization.get("linear_class") != "autobitlinear"
-    model = LlamaForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    tensors = load_file(folder / "model.safetensors")
-    weights = {}
-    for name in [name for name in tensors if "_proj.weight" in name]:
-        mean = tensors[name].float().abs().mean()
-        T = (tensors[name].float() / mean).round().clamp(-1, 1)
-        scale = (1 / mean if divides else mean).reshape(1).bfloat16()
-        weights[name] = T * (scale.float().reciprocal() if divides else scale.float())
-        tensors |= {name: pack_weights(T.clone()), f"{name}_scale": scale}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = read_json(folder / "config.json")
-    config["quantization_config"] = {"quant_method": "bitnet", "modules_to_not_convert": ["lm_head"], **quantization}
-    write_json(folder / "config.json", config)
-    return weights
 
 
 @pytest.mark.parametrize(
@@ -48,7 +24,7 @@ def pack_folder(source: Path, folder: Path, **quantization: Any) -> dict[str, Te
 def test_every_weight_and_the_rounding_of_inputs_come_over(
     quantization: dict[str, Any], mantissas: torch.dtype, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    weights = pack_folder(tiny_checkpoint, tmp_path / "packed", **quantization)
+    weights = pack_as_bitnet(tiny_checkpoint, tmp_path / "packed", **quantization)
     report = convert(tmp_path / "packed", tmp_path / "out")
     assert (report.source_format, report.mean_weight_error, len(report.converted)) == ("bitnet", 0, 14)
     model = from_pretrained(tmp_path / "out")
@@ -63,7 +39,7 @@ def test_every_weight_and_the_rounding_of_inputs_come_over(
 
 
 def test_a_layer_computes_what_bitlinear_does(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    pack_folder(tiny_checkpoint, tmp_path / "packed")
+    pack_as_bitnet(tiny_checkpoint, tmp_path / "packed")
     tensors = load_file(tmp_path / "packed" / "model.safetensors")
     convert(tmp_path / "packed", tmp_path / "out")
     layer = from_pretrained(tmp_path / "out").get_submodule(LAYER)
@@ -79,7 +55,7 @@ def test_a_layer_computes_what_bitlinear_does(tiny_checkpoint: Path, tmp_path: P
 
 
 def test_it_is_not_rounded_by_mistake(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    pack_folder(tiny_checkpoint, tmp_path / "packed")
+    pack_as_bitnet(tiny_checkpoint, tmp_path / "packed")
     for config in (TernaryConfig(planes=3), TernaryConfig(init="exact")):
         with pytest.raises(ConfigError, match="--init exact --activation int8"):
             convert(tmp_path / "packed", tmp_path / "out", config)
@@ -97,14 +73,14 @@ def test_it_is_not_rounded_by_mistake(tiny_checkpoint: Path, tmp_path: Path) -> 
 def test_layers_that_are_more_than_a_packed_matrix_are_refused(
     quantization: dict[str, Any], message: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    pack_folder(tiny_checkpoint, tmp_path / "packed", **quantization)
+    pack_as_bitnet(tiny_checkpoint, tmp_path / "packed", **quantization)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path / "packed")
 
 
 def test_damage_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "packed"
-    pack_folder(tiny_checkpoint, folder)
+    pack_as_bitnet(tiny_checkpoint, folder)
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {f"{LAYER}.weight_scale": torch.ones(3)}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=rf"{LAYER}\.weight is uint8 .* scale of float32 \[3\]"):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from ternarize.checkpoint.source import read_json
 from ternarize.checkpoint.write import write_json
 from ternarize.cli import FAILURE, USAGE, main
+from tests.bitnet_kit import pack_as_bitnet
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -124,6 +125,17 @@ def test_exact_is_one_plane_that_needs_no_training(tmp_path: Path, capsys: pytes
     save_file({"up.weight": torch.randn(64, 256)}, tmp_path / "dense.safetensors")
     assert main([*call, "--force"]) == FAILURE
     assert "up.weight is not ternary" in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_a_packed_bitnet_needs_no_options(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pack_as_bitnet(source, tmp_path / "packed")
+    assert main(["convert", str(tmp_path / "packed"), str(tmp_path / "out"), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["mean_weight_error"] == 0
+    assert "training" not in captured.err
+    call = ["convert", str(tmp_path / "packed"), str(tmp_path / "other"), "--planes", "3", "--json"]
+    assert main(call) == USAGE
+    assert "is ternary already" in json.loads(capsys.readouterr().out)["error"]
 
 
 def test_trainable_writes_where_training_starts(source: Path, tmp_path: Path) -> None:

@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--activation",
         choices=get_args(Activation),
-        help="how layers multiply their input: as it comes (the default), or rounded to int8 a token, for models trained "
-        "so (BitNet)",
+        help="how layers multiply their input: as it comes (the default), or rounded to int8 a token, for models "
+        "trained so (BitNet)",
     )
     parser.add_argument(
         "--include", action="append", metavar="PAT", help="convert only layers whose names match (repeatable)"

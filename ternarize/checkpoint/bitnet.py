@@ -38,7 +38,8 @@ class BitNetFiles:
         quantization = config.pop("quantization_config")
         if quantization.get("use_rms_norm"):
             raise CheckpointError(
-                f"{files.path} has a norm in each of its linear layers, which ternary layers have not"
+                f"{files.path} has a norm in each of its linear layers (use_rms_norm), which ternary layers have not: it "
+                "cannot be converted"
             )
         if quantization.get("quantization_mode", "offline") != "offline":
             raise CheckpointError(
@@ -86,7 +87,7 @@ class BitNetFiles:
         codes = torch.cat([tensor >> 2 * i & 3 for i in range(_ROWS)])
         if (codes == 3).any():
             raise CheckpointError(f"{self.path}: {name} holds the code 3, which is no trit: fetch it again")
-        return (codes.to(scale.dtype) - 1) * scale
+        return codes.to(scale.dtype).sub_(1).mul_(scale)
 
     def stored_bytes(self, name: str) -> int:
         """See `Source`."""

@@ -38,8 +38,8 @@ class BitNetFiles:
         quantization = config.pop("quantization_config")
         if quantization.get("use_rms_norm"):
             raise CheckpointError(
-                f"{files.path} has a norm in each of its linear layers (use_rms_norm), which ternary layers have not: it "
-                "cannot be converted"
+                f"{files.path} has a norm in each of its linear layers (use_rms_norm), which ternary layers have not: "
+                "it cannot be converted"
             )
         if quantization.get("quantization_mode", "offline") != "offline":
             raise CheckpointError(

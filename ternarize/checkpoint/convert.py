@@ -22,7 +22,7 @@ from ternarize.config import TernaryConfig
 from ternarize.errors import ConfigError, ConversionError
 from ternarize.layer import TRAINING_STATE
 from ternarize.packing import ROW, pack, row_strips, split_planes
-from ternarize.quantize import quantize_bias, quantize_weight, relative_error
+from ternarize.quantize import is_ternary, quantize_bias, quantize_weight, relative_error
 
 DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -62,6 +62,8 @@ class ConversionReport:
     """Of all tensors in the result."""
     bits_per_weight: float
     """Bits of trits and exponents over weights, in the ternary layers."""
+    rounded_ternary: bool
+    """Whether the first of the converted weights was ternary already: ``init="exact"`` would have kept it."""
 
     @property
     def converted(self) -> list[ConvertedLayer]:
@@ -156,6 +158,14 @@ def convert(
         _copy_training_state(checkpoint, folder)
         write_json(folder / CONFIG_FILE, _config(checkpoint, plan, dtype))
     return _report(checkpoint, destination, plan, config, outputs, errors, total)
+
+
+def _rounds_ternary(checkpoint: Source, plan: Plan, config: TernaryConfig) -> bool:
+    first = next((name for name, candidate in plan.candidates.items() if candidate.reason is None), None)
+    if config.init == "exact" or first is None:
+        return False
+    weight = checkpoint.load(first)
+    return is_ternary(weight.T if plan.candidates[first].transposed else weight, config.group_size)
 
 
 def _config_for(checkpoint: Source, config: TernaryConfig | None) -> TernaryConfig:
@@ -336,4 +346,5 @@ def _report(
         bits_per_weight=8 * sum(layer.packed_bytes for layer in plan.layers.values()) / weights
         if weights
         else math.nan,
+        rounded_ternary=_rounds_ternary(checkpoint, plan, config),
     )

@@ -84,7 +84,9 @@ def run(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
     rounded_to_trits = report.planes == 1 and report.mean_weight_error != 0
     if text is not None or (rounded_to_trits and not arguments.no_eval):
         result["perplexity"] = _perplexities(report, text, output)
-    if rounded_to_trits:
+    if report.rounded_ternary:
+        output.warn("the weights were ternary already and have been rounded: --init exact keeps them, in one plane")
+    elif rounded_to_trits:
         output.warn(
             f"one trit plane alone is not usable without training{_ratio(result)}: "
             "train this model, or convert with --planes 3"

@@ -11,7 +11,7 @@ from ternarize.config import TernaryConfig
 from ternarize.errors import ConversionError, ShapeError
 from ternarize.packing import E_MAX, E_MIN, expand_groups, group_scale, groups_per_row, largest_level, row_strips
 from ternarize.quantize.absmean import absmean_exponents
-from ternarize.quantize.exact import MANTISSA_DTYPES, exact_scales
+from ternarize.quantize.exact import MANTISSA_DTYPES, exact_scales, other_magnitudes
 from ternarize.quantize.least_squares import least_squares_exponents
 
 
@@ -124,6 +124,12 @@ def require_ternary(weight: Tensor, group_size: int, name: str) -> None:
     if not weight.is_meta:
         for strip in row_strips(*weight.shape):
             exact_scales(_group(finite_float32(weight[strip], name), group_size), name)
+
+
+def is_ternary(weight: Tensor, group_size: int) -> bool:
+    """Whether a floating [N, K] is -s, 0 and s in each of its groups already, and not all 0."""
+    grouped = (_group(weight[strip], group_size) for strip in row_strips(*weight.shape))
+    return bool(weight.any()) and not any(bool(other_magnitudes(strip).any()) for strip in grouped)
 
 
 def _group(strip: Tensor, group_size: int) -> Tensor:

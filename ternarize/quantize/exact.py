@@ -12,6 +12,12 @@ MANTISSA_DTYPES = {torch.bfloat16: torch.uint8, torch.float16: torch.int16, torc
 _FLOAT32_BITS = 24
 
 
+def other_magnitudes(grouped: Tensor) -> Tensor:
+    """Which weights are neither 0 nor of their group's largest magnitude: bool, shape of ``grouped`` [R, G, s]."""
+    magnitude = grouped.abs()
+    return (grouped != 0) & (magnitude != magnitude.amax(-1, keepdim=True))
+
+
 def exact_scales(grouped: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """The one magnitude of each group, as an odd mantissa and an exponent.
 
@@ -27,7 +33,7 @@ def exact_scales(grouped: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """
     magnitude = grouped.abs()
     scale = magnitude.amax(-1)
-    others = (grouped != 0) & (magnitude != scale[..., None])
+    others = other_magnitudes(grouped)
     if others.any():
         place = tuple(others.nonzero()[0].tolist())
         raise ConversionError(

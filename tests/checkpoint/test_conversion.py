@@ -253,6 +253,9 @@ def test_weights_that_are_ternary_stay_what_they_are(
     source = make_ternary(tiny_checkpoint, tmp_path / "dense", dtype)
     report = convert(source, tmp_path / "out", TernaryConfig(init="exact", group_size=32))
     assert report.mean_weight_error == 0
+    assert not report.rounded_ternary
+    assert convert(source, tmp_path / "rounded", CONFIG).rounded_ternary
+    assert not convert(tiny_checkpoint, tmp_path / "other", CONFIG).rounded_ternary
     assert len(report.converted) == 14
     quantization = read_json(tmp_path / "out" / "config.json")["quantization_config"]
     assert (quantization["init"], quantization["scale_mantissa_bits"]) == ("exact", bits)

@@ -120,6 +120,8 @@ def test_exact_is_one_plane_that_needs_no_training(tmp_path: Path, capsys: pytes
     assert (report["planes"], report["mean_weight_error"]) == (1, 0)
     assert "perplexity" not in report
     assert "training" not in captured.err
+    assert main([*call[:3], "--force"]) == 0
+    assert "--init exact keeps them" in capsys.readouterr().err
     assert main([*call, "--planes", "3", "--force"]) == USAGE
     assert "init='exact' keeps weights that are ternary already in one plane: planes=3" in capsys.readouterr().out
     save_file({"up.weight": torch.randn(64, 256)}, tmp_path / "dense.safetensors")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ternarize import TernaryConfig, TernaryLinear, TernaryOptimizer, dequantize, ternarize
 from ternarize.errors import ConfigError, ConversionError
 from ternarize.packing import expand_groups, groups_per_row
-from ternarize.quantize import quantize_weight, relative_error
+from ternarize.quantize import is_ternary, quantize_weight, relative_error
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -72,6 +72,8 @@ def test_groups_of_zeros_get_the_exponent_of_an_untrained_layer() -> None:
     assert quantized.E.eq(-4).all()
     assert quantized.E_mantissa is not None
     assert quantized.E_mantissa.eq(1).all()
+    # They say nothing about what the weight is.
+    assert not is_ternary(torch.zeros(2, 64), 32)
 
 
 @pytest.mark.parametrize(

@@ -268,6 +268,22 @@ def test_weights_that_are_ternary_stay_what_they_are(
     assert all(torch.equal(again[name], made[name]) for name in made)
 
 
+def test_ternary_weights_of_conv1d_are_noticed_by_their_columns(tmp_path: Path) -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64, n_positions=32))
+    for name, parameter in model.named_parameters():
+        if "h.0" in name and parameter.dim() == 2:
+            with torch.no_grad():
+                parameter.copy_(parameter.sign() * torch.rand(parameter.shape[1]))
+    model.save_pretrained(tmp_path / "dense")
+    assert convert(tmp_path / "dense", tmp_path / "out", CONFIG).rounded_ternary
+
+
+def test_float64_has_no_mantissas(tmp_path: Path) -> None:
+    save_file({"up.weight": torch.ones(8, 32).double(), "down.weight": torch.ones(8, 32)}, tmp_path / "a.safetensors")
+    report = convert(tmp_path / "a.safetensors", tmp_path / "out", TernaryConfig(init="exact"))
+    assert [(layer.name, layer.reason) for layer in report.kept] == [("up", "its dtype is float64")]
+
+
 def test_exact_conversion_of_other_weights_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match=r"model\.layers\.0\..* is not ternary: a group of 32 weights"):
         convert(tiny_checkpoint, tmp_path / "out", TernaryConfig(init="exact", group_size=32))

@@ -6,7 +6,7 @@ Inductor fuses and schedules everything else. `ternarize.passes.manager` states 
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ def compile_graph(
     guards = GuardOutputPass(lambda node: guarding and is_tilelang(node))
     guards(graph_module.graph)
     graph_module.recompile()
-    _start_kernels(graph_module, phase, policy)
+    _start_kernels(graph_module, is_tilelang)
 
     def compile_part(graph: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
         part: Phase = "inference" if settings.get("is_inference") else "training"
@@ -105,14 +105,14 @@ def _record_choices(graph_module: fx.GraphModule, layers: Layers, phase: Phase, 
                 layers[status].choices[phase] = (choice.backend, reason)
 
 
-def _start_kernels(graph_module: fx.GraphModule, phase: Phase, policy: Kernels) -> None:
+def _start_kernels(graph_module: fx.GraphModule, is_tilelang: Callable[[fx.Node], bool]) -> None:
     """Have the TileLang kernels of all calls compiled side by side, while Inductor compiles the rest of the graph."""
     for node, _ in layer_calls(graph_module.graph):
-        stem, values = lowered_values(node)
-        if choose_node(node, phase, policy).backend == "tilelang":
+        if is_tilelang(node):
             # TileLang takes a second to import.
             from ternarize.backends.tilelang.programs import prepare, prepare_update
 
+            stem, values = lowered_values(node)
             x, T_packed, _, E_mantissa, bias, _, group_size = values
             prepare(stem, x, T_packed, E_mantissa, bias, group_size, guarded=bool(guarded_by(node)))
             if calls(node, torch.ops.ternarize.linear_train):

@@ -162,6 +162,7 @@ class Contender:
     def run(self) -> Stretch:
         """Time a stretch: the new tokens of every sequence, or some prefills, one after the other."""
         steps = self._task.new_tokens if self._task.work == "decode" else STRETCH_PREFILLS
+        self._rewind(self._cache)
         seconds = host_seconds(lambda: self._go(steps), self._task.device)
         if self._task.device.type != "cuda":
             return Stretch(seconds=seconds / steps, device_seconds=None)
@@ -169,6 +170,7 @@ class Contender:
 
     def _device_seconds(self, steps: int, head_start: float) -> float:
         laps = Laps(self._task.device)
+        self._rewind(self._cache)
         hold_device(head_start, self._task.device)
         laps.mark()
         self._go(steps)
@@ -176,16 +178,16 @@ class Contender:
         return laps.seconds()[0]
 
     def _go(self, steps: int) -> None:
-        """Steps from the beginning: each decodes what the one before has chosen, or reads the prompts again."""
+        """Each step decodes what the one before has chosen, or reads the prompts again."""
         tokens = self._inputs[0]
-        for step in range(steps):
-            if self._task.work == "prefill" or step == 0:
-                self._rewind(self._cache)
+        for _ in range(steps):
             torch.compiler.cudagraph_mark_step_begin()
             # A copy: the next replay writes where this one did.
             chosen = self._compiled(tokens, self._cache)[0].clone()
             if self._task.work == "decode":
                 tokens = chosen
+            else:
+                self._rewind(self._cache)
 
     def _step(self, tokens: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
         """[B, L] tokens to the next ones [B, 1] and their logits [B, V]."""

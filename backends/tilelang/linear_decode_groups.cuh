@@ -28,13 +28,10 @@ struct GroupValues {
     uint8_t* const word = to + (row_in_block * WORDS + lane_word) * 4;
     // Rows that are whole steps have no words past their end.
     constexpr bool WHOLE = ALIGNED && G * BYTES % (4 * WORDS) == 0;
-    if (WHOLE || left >= 4) {
+    if (WHOLE || left >= 4)
       copy_4_async(word, values_at);
-    } else {
-      uint32_t value = 0;
-      for (int i = 0; i < left; ++i) value |= static_cast<uint32_t>(__ldg(values_at + i)) << 8 * i;
-      *reinterpret_cast<uint32_t*>(word) = value;
-    }
+    else
+      *reinterpret_cast<uint32_t*>(word) = word_of(values_at, left);
   }
   static __device__ __forceinline__ int read(const uint8_t* ring, int row_in_block, int row, int step, int group) {
     // Past the last group of a row there are zeros in the ring, or the next row: x is zero there.

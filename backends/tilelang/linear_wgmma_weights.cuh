@@ -34,10 +34,7 @@ __device__ __forceinline__ uint32_t exponent_word(const int8_t* E, uint32_t N, u
   const uint32_t bytes = N * G;
   word = min(word, (bytes - 1) / 4);
   if (G % 4 == 0 || word < bytes / 4) return __ldg(reinterpret_cast<const uint32_t*>(E) + word);
-  uint32_t value = 0;
-  for (uint32_t i = bytes / 4 * 4; i < bytes; ++i)
-    value |= static_cast<uint32_t>(__ldg(reinterpret_cast<const uint8_t*>(E) + i)) << i % 4 * 8;
-  return value;
+  return word_of(reinterpret_cast<const uint8_t*>(E) + bytes / 4 * 4, bytes % 4);
 }
 
 // The exponents of four groups of a row, from a multiple of four on, loaded four groups before they are needed. Rows need

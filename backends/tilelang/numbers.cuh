@@ -34,6 +34,13 @@ __device__ __forceinline__ float bias_value(int bias, int exponent) {
   return static_cast<float>(bias) * exp2_int(half) * exp2_int(exponent - half);
 }
 
+// So many bytes of constants as a word, the first one lowest: fewer than four, or none.
+__device__ __forceinline__ uint32_t word_of(const uint8_t* from, int bytes) {
+  uint32_t word = 0;
+  for (int i = 0; i < bytes; ++i) word |= static_cast<uint32_t>(__ldg(from + i)) << 8 * i;
+  return word;
+}
+
 // NONFINITE_OUTPUT of backends/torch/update.py, into status[0] of the layer (ternarize/guard.py).
 __device__ __forceinline__ void report_nonfinite(int* status) { atomicOr(status, 1); }
 

@@ -171,7 +171,7 @@ def _rounds_ternary(checkpoint: Source, plan: Plan, config: TernaryConfig) -> bo
 def _config_for(checkpoint: Source, config: TernaryConfig | None) -> TernaryConfig:
     """What was asked for, or what suits the checkpoint: BitNet's matrices have one scale each, and layers take int8."""
     if not isinstance(checkpoint, BitNetFiles):
-        return config or TernaryConfig(planes=3)
+        return config or TernaryConfig(planes=3, init="least_squares")
     config = config or TernaryConfig(group_size=ROW, init="exact", activation="int8")
     if (config.init, config.activation) != ("exact", "int8"):
         raise ConfigError(

@@ -111,6 +111,13 @@ def test_no_eval_still_warns(source: Path, tmp_path: Path, capsys: pytest.Captur
     assert "not usable without training" in captured.err
 
 
+def test_without_options_config_says_how_weights_were_rounded(source: Path, tmp_path: Path) -> None:
+    assert main(["convert", str(source), str(tmp_path / "out")]) == 0
+    quantization = read_json(tmp_path / "out" / "config.json")["quantization_config"]
+    wanted = {"planes": 3, "group_size": 128, "init": "least_squares", "activation": "float"}
+    assert {name: quantization[name] for name in wanted} == wanted
+
+
 def test_exact_is_one_plane_that_needs_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file({"up.weight": torch.randint(-1, 2, (64, 256)) * 0.3}, tmp_path / "dense.safetensors")
     call = ["convert", str(tmp_path / "dense.safetensors"), str(tmp_path / "out"), "--init", "exact", "--json"]

@@ -128,8 +128,9 @@ def require_ternary(weight: Tensor, group_size: int, name: str) -> None:
 
 def is_ternary(weight: Tensor, group_size: int) -> bool:
     """Whether a floating [N, K] is -s, 0 and s in each of its groups already, and not all 0."""
-    grouped = (_group(weight[strip], group_size) for strip in row_strips(*weight.shape))
-    return bool(weight.any()) and not any(bool(other_magnitudes(strip).any()) for strip in grouped)
+    strips = (_group(weight[rows], group_size).abs() for rows in row_strips(*weight.shape))
+    others = (other_magnitudes(magnitude, magnitude.amax(-1)) for magnitude in strips)
+    return bool(weight.any()) and not any(bool(each.any()) for each in others)
 
 
 def _group(strip: Tensor, group_size: int) -> Tensor:

@@ -12,10 +12,9 @@ MANTISSA_DTYPES = {torch.bfloat16: torch.uint8, torch.float16: torch.int16, torc
 _FLOAT32_BITS = 24
 
 
-def other_magnitudes(grouped: Tensor) -> Tensor:
-    """Which weights are neither 0 nor of their group's largest magnitude: bool, shape of ``grouped`` [R, G, s]."""
-    magnitude = grouped.abs()
-    return (grouped != 0) & (magnitude != magnitude.amax(-1, keepdim=True))
+def other_magnitudes(magnitude: Tensor, scale: Tensor) -> Tensor:
+    """Which of the magnitudes [R, G, s] are neither 0 nor that of their group, [R, G]: bool [R, G, s]."""
+    return (magnitude != 0) & (magnitude != scale[..., None])
 
 
 def exact_scales(grouped: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -33,7 +32,7 @@ def exact_scales(grouped: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """
     magnitude = grouped.abs()
     scale = magnitude.amax(-1)
-    others = other_magnitudes(grouped)
+    others = other_magnitudes(magnitude, scale)
     if others.any():
         place = tuple(others.nonzero()[0].tolist())
         raise ConversionError(

@@ -44,11 +44,10 @@ LAYERS = (
 DTYPES = (torch.bfloat16, torch.float16)
 
 #: Processes that compile, which takes seconds a kernel.
-COMPILERS = os.cpu_count() or 8
+COMPILERS = len(os.sched_getaffinity(0))
 
 #: Processes under the tool, which share the calls: it slows each launch down.
 SANITIZERS = 8
-
 
 #: Lines of the tool's findings that are shown of a process.
 SHOWN_LINES = 60

@@ -17,7 +17,15 @@ so every per-layer argument is a list:
 Lowered ops, ``<op>_tilelang``, ``<op>_triton`` and ``<op>_torch``, are what `ternarize.passes.lower_ternary` puts in
 their place: each calls the function of the same name in ``ternarize.backends.<backend>``. ``linear_tilelang`` and
 ``linear_int8_tilelang`` also take a list ``status``, before ``group_size``: empty, or one tensor a layer, whose output
-bit the kernel raises if it writes a value that is not finite.
+bit the kernel raises if it writes a value that is not finite. ``linear_tilelang`` can also do what
+`ternarize.passes.fuse_decode` finds around a call of a few tokens:
+
+    norm_weight    [K] of x's dtype: x is normalised by its root mean square first, and multiplied by it
+    norm_eps       float, added to the mean square
+    residual       [..., N] of x's dtype, of one layer: added to y
+    gated          of two layers with as many rows: the one result is silu(y_0) · y_1
+
+All in float32, rounded once: to x's dtype what is multiplied, and what is returned.
 
 With activation "int8", ``linear`` and ``linear_train`` are lowered to the quantiser (`ternarize.activation`), as
 ordinary ops that Inductor fuses into what comes before, and ``linear_int8``. The rounding is passed straight through in
@@ -70,6 +78,7 @@ _STAGE_MUTATED = (
 )
 
 _LINEAR = f"(Tensor x, {_WEIGHTS}, {_BIAS}, int group_size) -> Tensor[]"
+_FUSED = "Tensor? norm_weight=None, float norm_eps=0.0, Tensor? residual=None, bool gated=False"
 _LINEAR_INT8 = f"(Tensor q, Tensor scale, {_WEIGHTS}, {_BIAS}, int group_size, ScalarType dtype) -> Tensor[]"
 _STATUS = "Tensor(a!)[] status"
 _GRAD_INPUT = f"(Tensor[] grad_y, {_WEIGHTS}, int in_features, int group_size) -> Tensor"
@@ -146,9 +155,9 @@ def _check_input(x: Tensor, T_packed: Sequence[Tensor]) -> None:
             )
 
 
-def _linear_fake(x: Tensor, T_packed: Sequence[Tensor], *_: Any) -> list[Tensor]:
+def _linear_fake(x: Tensor, T_packed: Sequence[Tensor], *_: Any, gated: bool = False, **__: Any) -> list[Tensor]:
     _check_input(x, T_packed)
-    return [x.new_empty((*x.shape[:-1], packed.shape[-2])) for packed in T_packed]
+    return [x.new_empty((*x.shape[:-1], packed.shape[-2])) for packed in (T_packed[:1] if gated else T_packed)]
 
 
 def _linear_int8_fake(q: Tensor, scale: Tensor, T_packed: Sequence[Tensor], *rest: Any) -> list[Tensor]:
@@ -188,10 +197,10 @@ def _mutated(schema: str) -> tuple[int, ...]:
     return tuple(i for i, argument in enumerate(torch._C.parse_schema("f" + schema).arguments) if argument.is_write)
 
 
-def _run(stem: str, backend: str, mutated: tuple[int, ...], *args: Any) -> Any:
+def _run(stem: str, backend: str, mutated: tuple[int, ...], *args: Any, **fused: Any) -> Any:
     # Kernels choose their own precision: autocast would round the reference's float32 operands.
     with torch._C._DisableAutocast():
-        result = kernel(stem, backend)(*args)
+        result = kernel(stem, backend)(*args, **fused)
     # Kernels write past autograd's version counters, which is how a commit between forward and backward is noticed.
     written = itertools.chain.from_iterable(
         args[i] if isinstance(args[i], list | tuple) else (args[i],) for i in mutated
@@ -204,6 +213,8 @@ for _stem, (_schema, _, _backends) in _LOWERED.items():
     for _backend in _backends:
         _guarded = _stem in _GUARDED and _backend == "tilelang"
         _its_schema = _schema.replace("int group_size", f"{_STATUS}, int group_size") if _guarded else _schema
+        if (_stem, _backend) == ("linear", "tilelang"):
+            _its_schema = _its_schema.replace("int group_size", f"int group_size, *, {_FUSED}")
         _define(
             f"{_stem}_{_backend}",
             _its_schema,

@@ -1,5 +1,6 @@
 """What `linear` and `linear_int8` share on the host: from the tensors of a call to its kernel, and its launch."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,6 +10,54 @@ from torch import Tensor
 
 from ternarize.backends.tilelang import build
 from ternarize.backends.tilelang.layers import LayerShape
+from ternarize.backends.tilelang.linear_decode import FUSED, DecodeTile, gateable
+from ternarize.errors import ShapeError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fused:
+    """What a call of `linear` does besides, as `ternarize.ops` says; as it is, nothing."""
+
+    norm_weight: Tensor | None = None
+    norm_eps: float = 0.0
+    residual: Tensor | None = None
+    gated: bool = False
+
+    def __bool__(self) -> bool:
+        """Whether it does anything."""
+        return self.norm_weight is not None or self.residual is not None or self.gated
+
+    def arguments(self, program: build.Program, x: Tensor, y: Sequence[Tensor]) -> list[Tensor | float | int]:
+        """The last arguments of a program's kernel; none of one that can do nothing besides.
+
+        Args:
+            program: of the call.
+            x: [M, K].
+            y: [M, N] of each layer, for layers that are gated only the first.
+
+        Raises:
+            ShapeError: if the kernel cannot do what is asked for in such a call.
+        """
+        tile, layers = program.tile, program.layers
+        if not isinstance(tile, DecodeTile) or program.activation != "float":
+            return []
+        asked = {
+            "norm": self.norm_weight is not None,
+            "residual": self.residual is not None,
+            "gated": self.gated,
+        }
+        can = {"norm": tile.normalises(program.K), "residual": len(layers) == 1, "gated": gateable(layers)}
+        refused = [name for name in FUSED if asked[name] and not can[name]]
+        if refused:
+            raise ShapeError(
+                f"linear_tilelang was asked for {' and '.join(refused)} in a call of {len(x)} tokens, {program.K} "
+                f"in_features and {' and '.join(str(layer.N) for layer in layers)} out_features: see `fusible`"
+            )
+        # Where there is none, any tensor of its shape.
+        weight = x[0] if self.norm_weight is None else aligned(self.norm_weight)
+        residual = [y[0] if self.residual is None else self.residual.contiguous().view_as(y[0])]
+        what = sum(bit for name, bit in FUSED.items() if asked[name])
+        return [weight, *(residual if len(layers) == 1 else []), self.norm_eps, what]
 
 
 def layer_shapes(
@@ -26,6 +75,10 @@ def layer_shapes(
     )
 
 
+#: Of a call that is `linear` alone.
+NOTHING = Fused()
+
+
 @functools.cache
 def gpu_name(device: torch.device) -> str:
     """Under which name measured tiles are kept for a GPU (`ternarize.backends.tilelang.tuned`)."""
@@ -33,9 +86,12 @@ def gpu_name(device: torch.device) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _kernel(program_for: Callable[..., build.Program], device: torch.device, *call: Any, guarded: bool) -> build.Kernel:
-    """The kernel of a call, by the arguments of its ``program_for``: to form the program each time takes longer."""
-    return build.start(program_for(*call, guarded=guarded, gpu=gpu_name(device))).result()
+def _kernel(
+    program_for: Callable[..., build.Program], device: torch.device, *call: Any, guarded: bool
+) -> tuple[build.Program, build.Kernel]:
+    """Of a call, by the arguments of its ``program_for``: to form the program each time takes longer."""
+    program = program_for(*call, guarded=guarded, gpu=gpu_name(device))
+    return program, build.start(program).result()
 
 
 def launch(
@@ -49,6 +105,7 @@ def launch(
     status: Sequence[Tensor],
     group_size: int,
     dtype: torch.dtype,
+    fused: Fused = NOTHING,
 ) -> list[Tensor]:
     """Run the kernel of a call.
 
@@ -63,13 +120,15 @@ def launch(
         status: of each layer, or empty: then nothing is reported.
         group_size: of all layers.
         dtype: of the results.
+        fused: what the kernel does besides, of a ``program_for`` whose programs can.
 
     Returns:
-        [..., N] of each layer.
+        [..., N] of each layer; one of layers that are gated.
     """
     x, *scale = inputs
     K = x.shape[-1]
-    outputs = [x.new_empty((*x.shape[:-1], packed.shape[-2]), dtype=dtype) for packed in T_packed]
+    results = T_packed[:1] if fused.gated else T_packed
+    outputs = [x.new_empty((*x.shape[:-1], packed.shape[-2]), dtype=dtype) for packed in results]
     rows = aligned(x).view(-1, K)
     M = rows.shape[0]
     if M == 0:
@@ -82,10 +141,13 @@ def launch(
         arguments += [tensor for tensor in (bias[i], bias_exponent[i]) if tensor is not None]
         arguments += status[i : i + 1]
     layers = layer_shapes(T_packed, E_mantissa, bias)
-    kernel = _kernel(program_for, x.device, M, layers, K, group_size, dtype, guarded=bool(status))
+    program, kernel = _kernel(program_for, x.device, M, layers, K, group_size, dtype, guarded=bool(status))
+    y = [output.view(M, -1) for output in outputs]
+    # Of layers that are gated, the kernel writes to the first.
+    of_layers = y * len(layers) if fused.gated else y
     # TileLang makes the device of its arguments the current one, and leaves it so.
     with torch.cuda.device(x.device):
-        kernel(*arguments, *(y.view(M, -1) for y in outputs))
+        kernel(*arguments, *of_layers, *fused.arguments(program, rows, y))
     return outputs
 
 

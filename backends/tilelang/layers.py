@@ -89,6 +89,37 @@ def call_arguments(
     return x, scale, _layer_arguments(layers, M, K, g, dtype, guarded=guarded)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FusedArguments:
+    """What the decode kernel takes for what it does besides; 0 and None where it can do nothing."""
+
+    norm_weight: Any = None
+    """[K]."""
+    residual: Any = None
+    """[M, N], of a call of one layer."""
+    norm_eps: Any = 0
+    """float32."""
+    what: Any = 0
+    """int32: bits of `ternarize.backends.tilelang.linear_decode.FUSED`."""
+
+
+def fused_arguments(layers: Sequence[LayerShape], x: Any, dtype: Dtype) -> FusedArguments:
+    """Declare the arguments after those of `call_arguments`, in the order of the fields.
+
+    Args:
+        layers: of the call.
+        x: [M, K].
+        dtype: of x.
+    """
+    M, K = x.shape
+    return FusedArguments(
+        norm_weight=argument("norm_weight", (K,), dtype),
+        residual=argument("residual", (M, layers[0].N), dtype) if len(layers) == 1 else None,
+        norm_eps=tvm.script.ir_builder.tirx.arg("norm_eps", T.float32()),
+        what=tvm.script.ir_builder.tirx.arg("what", T.int32()),
+    )
+
+
 def argument(name: str, shape: tuple[Any, ...], dtype: str) -> Any:
     """Declare one argument of the prim_func that is being built: a contiguous tensor."""
     return tvm.script.ir_builder.tirx.arg(name, T.Tensor(shape, dtype))

@@ -1,18 +1,26 @@
 """y = x · Wᵀ + bias on Hopper's tensor cores, from the packed trits, without a decoded weight in memory."""
 
+import dataclasses
 import functools
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ternarize.backends.tilelang.build import Program
-from ternarize.backends.tilelang.host import launch
+from ternarize.backends.tilelang.host import Fused, launch, layer_shapes
 from ternarize.backends.tilelang.layers import Dtype, LayerShape, dtype_name
 from ternarize.backends.tilelang.linear_decode import DecodeTile, choose_decode_tile
 from ternarize.backends.tilelang.linear_wgmma import Tile, choose_wgmma_tile
 from ternarize.backends.tilelang.tuned import tuned_tile
 from ternarize.config import Activation
+from ternarize.errors import ShapeError
+
+#: Tokens from which on a call adds the residual. For fewer a kernel between two calls is worth what it takes: the
+#: weights of the second one are on their way meanwhile. On an H200 (docs/figures.md).
+_LEAST_RESIDUAL_TOKENS = 8
 
 
 @functools.lru_cache(maxsize=4096)
@@ -61,6 +69,56 @@ def program_for(
     return Program(layers=layers, K=K, g=g, dtype=name, activation=activation, guarded=guarded, tile=tile)
 
 
+def fused_program_for(
+    M: int,
+    layers: tuple[LayerShape, ...],
+    K: int,
+    group_size: int,
+    dtype: torch.dtype,
+    *,
+    guarded: bool,
+    gpu: str | None,
+) -> Program:
+    """That of `program_for` for a call that does something besides: what `fusible` looked at, whatever is measured.
+
+    Raises:
+        ShapeError: if no kernel can do anything besides in such a call.
+    """
+    program = program_for(M, layers, K, group_size, dtype, guarded=guarded, gpu=gpu)
+    tile = choose_decode_tile(M, layers, K, program.g)
+    if tile is None:
+        raise ShapeError(f"a call of {M} tokens and {K} in_features can do nothing besides `linear`: see `fusible`")
+    return dataclasses.replace(program, tile=tile)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fusible:
+    """What a call should do beside the product; see `ternarize.ops`."""
+
+    norm: bool
+    """Normalise x first."""
+    gate: bool
+    """Multiply the outputs of two layers, one of them as a gate."""
+    residual: bool
+    """Add a residual."""
+
+
+def fusible(x: Tensor, T_packed: Sequence[Tensor], E_mantissa: Sequence[Tensor | None], group_size: int) -> Fusible:
+    """What a call of `linear` with these tensors, which may be fake, should do: linear_decode.cuh, for a few tokens.
+
+    No symbolic size is looked at: a call that has one can do nothing more.
+    """
+    nothing = Fusible(norm=False, gate=False, residual=False)
+    if x.dtype not in (torch.bfloat16, torch.float16) or not all(isinstance(size, int) for size in x.shape):
+        return nothing
+    M, K = math.prod(x.shape[:-1]), x.shape[-1]
+    layers = layer_shapes(T_packed, E_mantissa, [None] * len(T_packed))
+    tile = choose_decode_tile(M, layers, K, group_size if group_size > 0 else K) if M > 0 else None
+    if tile is None:
+        return nothing
+    return Fusible(norm=tile.normalises(K), gate=True, residual=tile.TOKENS >= _LEAST_RESIDUAL_TOKENS)
+
+
 def linear(
     x: Tensor,
     T_packed: Sequence[Tensor],
@@ -70,9 +128,13 @@ def linear(
     bias_exponent: Sequence[Tensor | None],
     status: Sequence[Tensor],
     group_size: int,
+    **fused: Any,
 ) -> list[Tensor]:
     """Linear layers that share their input; see `ternarize.ops` for shapes, and `verify` for what is accepted.
 
-    Accumulates in float32 and rounds once, to the dtype of x.
+    Accumulates in float32 and rounds once, to the dtype of x. ``fused`` is what `fusible` allows besides, the fields of
+    `ternarize.backends.tilelang.host.Fused`.
     """
-    return launch(program_for, [x], T_packed, E, E_mantissa, bias, bias_exponent, status, group_size, x.dtype)
+    weights = (T_packed, E, E_mantissa, bias, bias_exponent, status, group_size, x.dtype)
+    asked = Fused(**fused)
+    return launch(fused_program_for if asked else program_for, [x], *weights, asked)

@@ -33,32 +33,9 @@ namespace ternarize {
 
 constexpr int LINE_BYTES = 128;  // of a row and a step
 
-// The tensors of a layer, as the host passes them; null for those that it does not have.
-struct Layer {
-  int N;
-  const uint8_t* T_packed;  // [PLANES, N, K / 4]
-  const int8_t* E;          // [N, G]
-  const void* E_mantissa;   // [N, G] of MANTISSA_BYTES each
-  const int* bias;          // [N]
-  const int8_t* bias_exponent;
-  int* status;  // [2], of a guarded call
-  void* y;      // [M, N] of Y
-};
-__device__ __forceinline__ Layer layer(int N, const void* T_packed, const void* E, const void* E_mantissa,
-                                       const void* bias, const void* bias_exponent, void* status, void* y) {
-  return {N,
-          static_cast<const uint8_t*>(T_packed),
-          static_cast<const int8_t*>(E),
-          E_mantissa,
-          static_cast<const int*>(bias),
-          static_cast<const int8_t*>(bias_exponent),
-          static_cast<int*>(status),
-          y};
-}
-
-// Arguments: x [M, K] of X, scale float32 [M] of x in int8 and null otherwise, and the layers; x, T_packed, E and
-// E_mantissa 16-byte aligned, M from 1 to TOKENS, K a multiple of 64. ``shared``: DecodeTile.shared_bytes
-// (linear_decode.py).
+// Arguments: x [M, K] of X, scale float32 [M] of x in int8 and null otherwise, and the layers; x, T_packed, E,
+// E_mantissa and norm_weight 16-byte aligned, M from 1 to TOKENS, K a multiple of 64. ``shared``:
+// DecodeTile.shared_bytes (linear_decode.py).
 //
 // Y: __nv_bfloat16 or __half. X: the same, or int8_t. TOKENS: 1, 2, 4, 8 or 16. TILES: mma tiles of 16 rows in a row
 // block. STAGES, WARPS, K_WARPS, CLUSTER: above. CLUSTERS: how many clusters there are. DIGITS: of floats, 3, or 0 if
@@ -66,7 +43,8 @@ __device__ __forceinline__ Layer layer(int N, const void* T_packed, const void* 
 // an E_mantissa, for int8 and digits 1 and 0.
 template <typename X, typename Y, int TOKENS, int TILES, int STAGES, int WARPS, int K_WARPS, int CLUSTER, int CLUSTERS,
           int DIGITS, int K, int GROUP, int PLANES, int MANTISSA_BYTES, bool GUARDED, typename... Layers>
-__device__ __forceinline__ void linear_decode(const void* x, const void* scale, void* shared, int M, Layers... layers) {
+__device__ __forceinline__ void linear_decode(const void* x, const void* scale, void* shared, int M, Fused fused,
+                                              Layers... layers) {
   constexpr int ROWS = 16 * TILES;
   using Inputs = Activations<X, DIGITS, TOKENS, K, GROUP>;
   constexpr int COLUMN_TILES = Inputs::COLUMN_TILES;
@@ -74,7 +52,8 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
   constexpr int STEPS = (ROW_BYTES + LINE_BYTES - 1) / LINE_BYTES;
   constexpr int ROW_WARPS = WARPS / K_WARPS;
   constexpr int PARTS = CLUSTER * K_WARPS;
-  constexpr int VALUES = TILES * COLUMN_TILES * 4;  // accumulators a lane
+  // Parts of sums that a lane leaves of a row block: its accumulators, of which those of a token's digits are added up.
+  constexpr int VALUES = TILES * (DIGITS != 0 ? 2 : COLUMN_TILES * 4);
   using Exponents = GroupValues<1, K, GROUP>;
   using Mantissas = GroupValues<MANTISSA_BYTES ? MANTISSA_BYTES : 4, K, GROUP>;
   constexpr int SCALES = Exponents::PER_CHUNK;
@@ -87,6 +66,7 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
   static_assert(STEPS >= PARTS && K % 64 == 0 && (!INT8 || (PLANES == 1 && MANTISSA_BYTES == 0)));
   static_assert(!std::is_same_v<X, int8_t> || (K < 1 << 17 && DIGITS == 0));
 
+  constexpr int LAYERS = sizeof...(Layers);
   const Layer all[] = {layers...};
   int row_blocks = 0;
   // Layers with fewer rows than a row block read their last row several times.
@@ -102,8 +82,19 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
   const int rank = blockIdx.x % CLUSTER, cluster = blockIdx.x / CLUSTER;
   const int row_warp = warp / K_WARPS, part = rank * K_WARPS + warp % K_WARPS;
 
-  const int first_block = cluster * row_blocks / CLUSTERS;
-  const int blocks = (cluster + 1) * row_blocks / CLUSTERS - first_block;
+  // The row blocks of this cluster: of layers that are gated the same of both, else consecutive ones of all.
+  const bool gated = LAYERS == 2 && fused.has(Fused::GATED);
+  const int shared_out = gated ? row_blocks / 2 : row_blocks;
+  const int first_block = cluster * shared_out / CLUSTERS, end_block = (cluster + 1) * shared_out / CLUSTERS;
+  int first_of[LAYERS], blocks_of[LAYERS], blocks = 0;
+#pragma unroll
+  for (int i = 0, before = 0; i < LAYERS; ++i) {
+    const int all_of = (all[i].N + ROWS - 1) / ROWS;
+    first_of[i] = max(first_block - before, 0);
+    blocks_of[i] = max(min(end_block - before, all_of) - first_of[i], 0);
+    blocks += blocks_of[i];
+    if (!gated) before += all_of;
+  }
   const int first_step = part * STEPS / PARTS;
   const int steps = (part + 1) * STEPS / PARTS - first_step;
   // The steps of K that this block's warps share out.
@@ -113,17 +104,19 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
   let_next_kernel_start();
   if (CLUSTER > 1) cluster_started();
 
-  // The layer of a row block of this cluster, and which of its rows would be the first if there were as many as its
-  // row blocks have. The last one ends with the last row: it may compute rows of the one before it a second time.
-  auto locate = [&](int block, Layer& layer) {
-    int n0 = 0, first = 0;
+  // The layer of a row block of this cluster, which of its rows would be the first if there were as many as its row
+  // blocks have, and the same of the first row block after those of this cluster. The last one of a layer ends with its
+  // last row: it may compute rows of the one before it a second time.
+  auto locate = [&](int block, Layer& layer, int& end) {
+    int n0 = 0, before = 0;
 #pragma unroll
-    for (const Layer& each : all) {
-      if (first_block + block >= first) {
-        layer = each;
-        n0 = (first_block + block - first) * ROWS;
+    for (int i = 0; i < LAYERS; ++i) {
+      if (block >= before) {
+        layer = all[i];
+        n0 = (first_of[i] + block - before) * ROWS;
+        end = (first_of[i] + blocks_of[i]) * ROWS;
       }
-      first += (each.N + ROWS - 1) / ROWS;
+      before += blocks_of[i];
     }
     return n0;
   };
@@ -133,9 +126,9 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
   // The ring of this warp, and what it copies next: a row block, counted within the cluster, and a step of its part.
   // The next row block is most often of the same layer.
   uint8_t* const ring = static_cast<uint8_t*>(shared) + warp * STAGES * STAGE_BYTES;
-  int load_block = row_warp, load_step = 0, load_n0 = 0;
+  int load_block = row_warp, load_step = 0, load_n0 = 0, load_end = 0;
   Layer load_layer;
-  if (load_block < blocks) load_n0 = locate(load_block, load_layer);
+  if (load_block < blocks) load_n0 = locate(load_block, load_layer, load_end);
   // A lane copies 16 bytes of every fourth row. The halves of a row's 8 pieces lie where the mma reads them without
   // bank conflicts: chunk c of row r at c ^ (r % 4).
   const int piece = lane % 8, copy_row = lane / 8;
@@ -170,25 +163,57 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
         load_step = 0;
         load_block += ROW_WARPS;
         load_n0 += ROW_WARPS * ROWS;
-        if (load_n0 >= load_layer.N && load_block < blocks) load_n0 = locate(load_block, load_layer);
+        if (load_n0 >= load_end && load_block < blocks) load_n0 = locate(load_block, load_layer, load_end);
       }
     }
     commit_copies();
   };
 
-  // Weights are constants, so their first copies need not wait for the kernel that writes x.
+  // Weights are constants, so their first copies need not wait for the kernel that writes x. Those of a norm come first:
+  // they are the first that are needed.
+  const Inputs inputs{static_cast<const X*>(x), M};
+  using Norm = RootMeanSquare<Inputs, WARPS>;
+  const bool normalise = CLUSTER == 1 && fused.has(Fused::NORM);
+  Norm norm;
+  if (normalise) norm.load_weight(static_cast<const X*>(fused.norm_weight));
 #pragma unroll
   for (int stage = 0; stage < STAGES; ++stage) copy(stage);
   wait_for_previous_kernel();
 
-  // This block's part of x, and the parts of the row blocks whose sums it forms: [row block][part][value][lane].
+  // This block's part of x, and the parts of the sums of the row blocks that it forms: [slot][part][value][lane].
   uint8_t* const s_x = static_cast<uint8_t*>(shared) + WARPS * STAGES * STAGE_BYTES;
   constexpr int MOST_CHUNKS = (STEPS + CLUSTER - 1) / CLUSTER * CHUNKS;
   float* const s_parts = reinterpret_cast<float*>(s_x + MOST_CHUNKS * Inputs::CHUNK_BYTES);
-  const Inputs inputs{static_cast<const X*>(x), M};
-  inputs.template stage<WARPS * 32>(s_x, block_step * CHUNKS, block_steps * CHUNKS);
+  static_assert(PARTS * VALUES * 32 >= WARPS * TOKENS);
+
+  // y of this block: row blocks rank, rank + CLUSTER, ... of the cluster, of gated layers of the first one.
+  const int my_blocks = ((gated ? blocks / 2 : blocks) - rank + CLUSTER - 1) / CLUSTER;
+  auto output = [&](int i, Layer& layer, int& n, int& m) {
+    int end;
+    const int n0 = locate(i / (ROWS * TOKENS) * CLUSTER + rank, layer, end);
+    n = first_row(layer, n0) + i % ROWS;
+    m = i / ROWS % TOKENS;
+    return i < my_blocks * ROWS * TOKENS && m < M && !(is_short && n >= layer.N);
+  };
+  const bool adds = LAYERS == 1 && fused.has(Fused::RESIDUAL);
+  auto residual_of = [&](int n, int m) {
+    return static_cast<const Y*>(fused.residual)[static_cast<int64_t>(m) * all[0].N + n];
+  };
+
+  if (normalise)
+    norm.stage(inputs, s_x, s_parts, fused.norm_eps);
+  else
+    inputs.template stage<WARPS * 32>(s_x, block_step * CHUNKS, block_steps * CHUNKS);
   if (CLUSTER > 1) cluster_wait();
   __syncthreads();
+
+  // Of the first output of this thread, which it thus need not wait for at the end.
+  Y residual = rounded<Y>(0);
+  if (adds) {
+    Layer layer;
+    int n, m;
+    if (output(threadIdx.x, layer, n, m)) residual = residual_of(n, m);
+  }
 
   // Where in a row's line this lane's bytes of each chunk lie.
   int line_at[CHUNKS];
@@ -200,7 +225,8 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
   const int part_chunk = (first_step - block_step) * CHUNKS;
   for (int block = row_warp; block < blocks; block += ROW_WARPS) {
     Layer here;
-    const int n0 = first_row(here, locate(block, here));
+    int end;
+    const int first_n0 = locate(block, here, end), n0 = first_row(here, first_n0);
     float sum[TILES][COLUMN_TILES][4] = {};
     for (int step = 0; step < steps; ++step) {
       wait_for_copies<STAGES - 1>();
@@ -324,12 +350,28 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
             }
       }
     }
-    float* const parts = s_parts + ((block / CLUSTER * PARTS + part) * VALUES) * 32 + lane;
+    // Of gated layers the second one's row blocks have the slots after those of the first.
+    const int pair = gated && block >= blocks / 2 ? block - blocks / 2 : block;
+    const int slot = pair / CLUSTER + (pair == block ? 0 : (blocks / 2 - pair % CLUSTER + CLUSTER - 1) / CLUSTER);
+    float* const parts = s_parts + (slot * PARTS + part) * VALUES * 32 + lane;
 #pragma unroll
     for (int value = 0; value < VALUES; ++value) {
-      const float v = sum[value / (COLUMN_TILES * 4)][value / 4 % COLUMN_TILES][value % 4];
+      float v;
+      if constexpr (DIGITS != 0) {
+        // Of a quad, lane 0 has columns 0 and 1, lane 1 columns 2 and 3: token 0 is the first three, and ends up in lane
+        // 0; token 1 is the next three, and ends up in lane 2.
+        const float even = sum[value / 2][0][value % 2 * 2], odd = sum[value / 2][0][value % 2 * 2 + 1];
+        float rest = __shfl_sync(0xFFFFFFFF, even, 1, 4);
+        if constexpr (TOKENS == 2) {
+          const float of_second = __shfl_sync(0xFFFFFFFF, odd, 1, 4);
+          if (quad_lane == 2) rest = of_second;
+        }
+        v = even + odd + rest;
+      } else {
+        v = sum[value / (COLUMN_TILES * 4)][value / 4 % COLUMN_TILES][value % 4];
+      }
       if (CLUSTER > 1)
-        store_to_rank(parts + value * 32, block % CLUSTER, v);
+        store_to_rank(parts + value * 32, pair % CLUSTER, v);
       else
         parts[value * 32] = v;
     }
@@ -341,30 +383,32 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
     __syncthreads();
   }
 
-  // The row blocks rank, rank + CLUSTER, ... of the cluster.
-  const int my_blocks = (blocks - rank + CLUSTER - 1) / CLUSTER;
-  for (int i = threadIdx.x; i < my_blocks * ROWS * M; i += WARPS * 32) {
-    const int row = i % ROWS, m = i / ROWS % M, block = i / ROWS / M;
-    Layer here;
-    const int n = first_row(here, locate(block * CLUSTER + rank, here)) + row;
-    if (is_short && n >= here.N) continue;
+  // y in float32, of a row of a row block, whose parts are in a slot.
+  auto finish = [&](int slot, int row, const Layer& here, int n, int m) {
+    const int half = row / 8 % 2;
+    const int value = DIGITS != 0 ? row / 16 * 2 + half : (row / 16 * COLUMN_TILES + m / 8) * 4 + half * 2 + m % 2;
+    const int quad = DIGITS != 0 ? m * 2 : m % 8 / 2;
+    const float* const parts = s_parts + (slot * PARTS * VALUES + value) * 32 + row % 8 * 4 + quad;
     float sum = 0;
 #pragma unroll
-    for (int d = 0; d < Inputs::COLUMNS_A_TOKEN; ++d) {
-      const int column = m * Inputs::COLUMNS_A_TOKEN + d;
-      const int value = (row / 16 * COLUMN_TILES + column / 8) * 4 + row / 8 % 2 * 2 + column % 2;
-      const float* const parts = s_parts + (block * PARTS * VALUES + value) * 32 + row % 8 * 4 + column % 8 / 2;
-#pragma unroll
-      for (int p = 0; p < PARTS; ++p) sum += parts[p * VALUES * 32];
-    }
+    for (int p = 0; p < PARTS; ++p) sum += parts[p * VALUES * 32];
     // In float64, which neither 2^INT8_SHIFT nor the scale leads out of range.
     if constexpr (std::is_same_v<X, int8_t>)
       sum = static_cast<float>(static_cast<double>(sum) * (1 << INT8_SHIFT) *
                                load_scale(static_cast<const float*>(scale) + m));
     if (here.bias != nullptr) sum += bias_value(here.bias[n], *here.bias_exponent);
-    const Y y = rounded<Y>(sum);
-    if (GUARDED && !isfinite(static_cast<float>(y))) report_nonfinite(here.status);
-    static_cast<Y*>(here.y)[static_cast<int64_t>(m) * here.N + n] = y;
+    if (GUARDED && !isfinite(static_cast<float>(rounded<Y>(sum)))) report_nonfinite(here.status);
+    return sum;
+  };
+  for (int i = threadIdx.x; i < my_blocks * ROWS * TOKENS; i += WARPS * 32) {
+    Layer here;
+    int n, m;
+    if (!output(i, here, n, m)) continue;
+    const int slot = i / (ROWS * TOKENS), row = i % ROWS;
+    float y = finish(slot, row, here, n, m);
+    if (gated) y = y / (1 + expf(-y)) * finish(my_blocks + slot, row, all[LAYERS - 1], n, m);
+    if (adds) y += static_cast<float>(i == threadIdx.x ? residual : residual_of(n, m));
+    static_cast<Y*>(here.y)[static_cast<int64_t>(m) * here.N + n] = rounded<Y>(y);
   }
 }
 

@@ -3,6 +3,7 @@
 """The program of `linear` and `linear_int8` for a few tokens: linear_decode.cuh, hosted by TileLang."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,15 @@ from typing import Any
 import tilelang.language as T
 
 from ternarize.backends.tilelang.hopper import CLUSTERS, SHARED_BYTES
-from ternarize.backends.tilelang.layers import MANTISSA_BYTES, Dtype, LayerShape, call_arguments, pointer
+from ternarize.backends.tilelang.layers import (
+    MANTISSA_BYTES,
+    Dtype,
+    FusedArguments,
+    LayerShape,
+    call_arguments,
+    fused_arguments,
+    pointer,
+)
 from ternarize.config import Activation
 
 #: Weights of a row that a warp takes at once: a cache line.
@@ -31,10 +40,24 @@ _ELEMENTS = 2**15
 #: More than 8 tokens of floats and longer rows are for wgmma where there are fewer rows. On an H200 (docs/figures.md).
 _LONG_ROW, _MANY_ROWS = 4096, 4096
 
-SOURCE = "".join(
-    Path(__file__).with_name(name).read_text()
-    for name in ("numbers.cuh", "hopper.cuh", "linear_decode_x.cuh", "linear_decode_groups.cuh", "linear_decode.cuh")
+#: Files of CUDA C++, each after those that it needs.
+SOURCES = (
+    "numbers.cuh",
+    "hopper.cuh",
+    "linear_decode_x.cuh",
+    "linear_decode_groups.cuh",
+    "linear_decode_norm.cuh",
+    "linear_decode_call.cuh",
+    "linear_decode.cuh",
 )
+SOURCE = "".join(Path(__file__).with_name(name).read_text() for name in SOURCES)
+
+#: What the kernel does besides, if it is asked to: bits of Fused in linear_decode_call.cuh.
+FUSED = {"norm": 1, "residual": 2, "gated": 4}
+
+#: Most tokens that are normalised: the code for more costs calls that do not use it half a microsecond. And values of x
+#: that a thread can normalise: BATCH pieces of linear_decode_x.cuh.
+_MOST_NORM_TOKENS, _NORM_VALUES = 2, 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,9 +96,29 @@ class DecodeTile:
         if self.DIGITS:
             # A unit for each column of a chunk.
             step_bytes += STEP // 128 * tile_columns * 4
-        blocks = -(-self.row_blocks(layers) // self.CLUSTERS)
-        parts = -(-blocks // self.CLUSTER) * self.CLUSTER * self.K_WARPS
-        return ring_bytes + -(-_steps(K) // self.CLUSTER) * step_bytes + parts * rows * tile_columns * 4
+        # Of gated layers each has a block's share of the same row blocks.
+        halves = (1, 2) if gateable(layers) else (1,)
+        blocks = self.row_blocks(layers)
+        slots = max(half * _divided(blocks // half, self.CLUSTERS, self.CLUSTER) for half in halves)
+        # Those of a token's digits are added up first: a value for each half of a tile's rows in every lane.
+        part_bytes = 256 * self.TILES if self.DIGITS else rows * tile_columns * 4
+        parts_bytes = slots * self.CLUSTER * self.K_WARPS * part_bytes
+        return ring_bytes + -(-_steps(K) // self.CLUSTER) * step_bytes + parts_bytes
+
+    def normalises(self, K: int) -> bool:
+        """Whether the kernel can normalise x: RootMeanSquare of linear_decode_norm.cuh."""
+        values = _steps(K) * STEP * self.TOKENS
+        return self.CLUSTER == 1 and self.TOKENS <= _MOST_NORM_TOKENS and values <= _NORM_VALUES * 32 * self.WARPS
+
+
+def gateable(layers: tuple[LayerShape, ...]) -> bool:
+    """Whether one result may be made of two layers, silu(y_0) · y_1."""
+    return len(layers) == 2 and layers[0].N == layers[1].N
+
+
+def _divided(number: int, *parts: int) -> int:
+    """The most that a part has of a number of things, shared out to parts, and there again."""
+    return functools.reduce(lambda left, part: -(-left // part), parts, number)
 
 
 def _steps(K: int) -> int:
@@ -139,7 +182,8 @@ def decode_program(
         activation: int8 for x in int8, with a scale for each token.
 
     Returns:
-        A TileLang prim_func of the arguments of `ternarize.backends.tilelang.layers.call_arguments`.
+        A TileLang prim_func of the arguments of `ternarize.backends.tilelang.layers.call_arguments`, and of floats
+        those of `fused_arguments`.
     """
     function = decode_function(layers, K, g, dtype, guarded=guarded, tile=tile, activation=activation)
     shared_bytes = tile.shared_bytes(layers, K, g, activation)
@@ -147,6 +191,7 @@ def decode_program(
     @T.prim_func
     def ternary_linear_decode():
         x, scale, buffers = call_arguments(layers, K, g, dtype, activation, guarded=guarded)
+        fused = fused_arguments(layers, x, dtype) if activation == "float" else FusedArguments()
         with T.Kernel(tile.CLUSTER * tile.CLUSTERS, threads=32 * tile.WARPS, cluster_dims=tile.CLUSTER):
             T.import_source(SOURCE)
             T.annotate_min_blocks_per_sm(1)
@@ -158,6 +203,14 @@ def decode_program(
                 pointer(scale, "r"),
                 T.access_ptr(shared[0], "rw"),
                 x.shape[0],
+                T.call_extern(
+                    "handle",
+                    "ternarize::fused",
+                    pointer(fused.norm_weight, "r"),
+                    pointer(fused.residual, "r"),
+                    fused.norm_eps,
+                    fused.what,
+                ),
                 *(
                     T.call_extern(
                         "handle",

@@ -21,6 +21,8 @@ constexpr int DIGIT_BITS = 8;
 template <typename X, int DIGITS, int TOKENS, int K, int GROUP>
 struct Activations {
   static_assert(DIGITS == 0 || DIGITS == 3);
+  using Value = X;
+  static constexpr int MOST_TOKENS = TOKENS, WIDTH = K;
   static constexpr int COLUMNS_A_TOKEN = DIGITS != 0 ? DIGITS : 1;
   static constexpr int COLUMNS = TOKENS * COLUMNS_A_TOKEN;
   static constexpr int COLUMN_TILES = (COLUMNS + 7) / 8;
@@ -32,23 +34,17 @@ struct Activations {
   // Pieces that a thread loads before it stores the first: x comes from L2, one latency for all of them.
   static constexpr int BATCH = 4;
 
+  // A piece is 8 values of a token: floats in the order of s_x, or what will be int8, in the order of x.
+  static constexpr int PIECES = 16 * TOKENS;  // of a chunk
+  static constexpr bool IN_ORDER = DIGITS != 0 || std::is_same_v<X, int8_t>;
+
   const X* x;  // [M, K]
   int M;
-
-  // 8 bytes of a plane, of consecutive bytes of a chunk; zeros past the end.
-  __device__ __forceinline__ uint2 load(int m, int chunk, int plane, int byte) const {
-    constexpr int GROUP_CHUNKS = (GROUP + CHUNK - 1) / CHUNK;
-    const int group = GROUP < CHUNK ? chunk * SCALES + byte / 16 : chunk / GROUP_CHUNKS;
-    const int size = min(GROUP, K - group * GROUP);
-    const int place = GROUP < CHUNK ? byte % 16 : chunk % GROUP_CHUNKS * 32 + byte;
-    if (m >= M || place >= size / 4) return uint2{0, 0};
-    return load_activations(x + static_cast<int64_t>(m) * K + group * GROUP + plane * (size / 4) + place);
-  }
 
   // Writes so many chunks from ``first`` to s_x. By THREADS threads.
   template <int THREADS>
   __device__ __forceinline__ void stage(uint8_t* s_x, int first, int chunks) const {
-    const int pieces = chunks * 16 * TOKENS;
+    const int pieces = chunks * PIECES;
     for (int i = threadIdx.x; i < pieces; i += BATCH * THREADS) {
       uint2 values[BATCH][2];
 #pragma unroll
@@ -60,20 +56,32 @@ struct Activations {
     }
   }
 
-  // 8 values: floats in the order of s_x, or what will be int8, in the order of x.
+  static __device__ __forceinline__ int token_of(int i) { return IN_ORDER ? i / 16 % TOKENS : i / 4 % TOKENS; }
+
   __device__ __forceinline__ void load_piece(uint2 (&v)[2], int i, int first) const {
-    if constexpr (DIGITS != 0 || std::is_same_v<X, int8_t>) {
-      const int eight = i % 4, plane = i / 4 % 4, m = i / 16 % TOKENS, chunk = i / 16 / TOKENS;
-      v[0] = load(m, first + chunk, plane, eight * 8);
-      if constexpr (DIGITS != 0) v[1] = load(m, first + chunk, plane, eight * 8 + 4);
-    } else {
-      const int q = i % 4, m = i / 4 % TOKENS, plane = i / 4 / TOKENS % 4, chunk = i / 16 / TOKENS;
-      v[0] = load(m, first + chunk, plane, SCALES == 1 ? 8 * q : 4 * q);
-      v[1] = load(m, first + chunk, plane, SCALES == 1 ? 8 * q + 4 : 16 + 4 * q);
+    const int m = token_of(i);
+    v[0] = v[1] = {0, 0};
+    if (m < M)
+      load_row(v, x + static_cast<int64_t>(m) * K, i, first, [](const X* from) { return load_activations(from); });
+  }
+
+  // The same columns of any row. Zeros past the end.
+  template <typename Load>
+  static __device__ __forceinline__ void load_row(uint2 (&v)[2], const X* row, int i, int first, Load load) {
+    constexpr int GROUP_CHUNKS = (GROUP + CHUNK - 1) / CHUNK;
+    const int chunk = first + i / PIECES, plane = IN_ORDER ? i / 4 % 4 : i / 4 / TOKENS % 4;
+#pragma unroll
+    for (int half = 0; half < (std::is_same_v<X, int8_t> ? 1 : 2); ++half) {
+      // Of a plane's 32 bytes of the chunk, the first of 4, or of what int8 has of them, 8.
+      const int byte = IN_ORDER || SCALES == 1 ? i % 4 * 8 + half * 4 : i % 4 * 4 + half * 16;
+      const int group = GROUP < CHUNK ? chunk * SCALES + byte / 16 : chunk / GROUP_CHUNKS;
+      const int size = min(GROUP, K - group * GROUP);
+      const int place = GROUP < CHUNK ? byte % 16 : chunk % GROUP_CHUNKS * 32 + byte;
+      v[half] = place < size / 4 ? load(row + group * GROUP + plane * (size / 4) + place) : uint2{0, 0};
     }
   }
 
-  __device__ __forceinline__ void store_piece(uint8_t* s_x, int i, const uint2 (&v)[2]) const {
+  static __device__ __forceinline__ void store_piece(uint8_t* s_x, int i, const uint2 (&v)[2]) {
     const int eight = i % 4, plane = i / 4 % 4, m = i / 16 % TOKENS, chunk = i / 16 / TOKENS;
     if constexpr (DIGITS != 0) {
       store_digits(s_x + chunk * CHUNK_BYTES, m, plane, eight, v);

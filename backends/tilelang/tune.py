@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ternarize import ops
 from ternarize.backends.tilelang.build import Kernel, Program, start
+from ternarize.backends.tilelang.host import NOTHING
 from ternarize.backends.tilelang.layers import Dtype, LayerShape
 from ternarize.backends.tilelang.linear import heuristic_tile
 from ternarize.backends.tilelang.linear_decode import decode_tiles
@@ -99,7 +100,7 @@ def tune_call(
             # Whatever a tile's compilation or launch raises takes it out of the race.
             with contextlib.suppress(Exception):
                 kernel = start(program).result()
-                calls = [functools.partial(_run, kernel, x, each, guarded=program.guarded) for each in weights]
+                calls = [functools.partial(_run, program, kernel, x, each) for each in weights]
                 if _right(calls[0](), reference, M, rows):
                     passes[program] = record(calls, device)
         timings = time_in_turns(list(passes.values()), SECONDS)
@@ -115,15 +116,16 @@ def tune_call(
             yield Tuned(key=key, tile=best.tile, seconds=seconds[best], heuristic_seconds=seconds.get(of_call[0]))
 
 
-def _run(kernel: Kernel, x: Tensor, layers: Sequence[TernaryLinear], *, guarded: bool) -> Tensor:
+def _run(program: Program, kernel: Kernel, x: Tensor, layers: Sequence[TernaryLinear]) -> Tensor:
     """Call a kernel; the outputs of all layers lie in the result, see `_outputs`."""
     arguments = [x]
     for layer, *given in zip(layers, *_columns(layers), strict=True):
         arguments += [tensor for tensor in given if tensor is not None]
-        if guarded:
+        if program.guarded:
             arguments.append(layer.status)
     y = x.new_empty(sum(_padded(len(x) * layer.out_features) for layer in layers))
-    kernel(*arguments, *_outputs(y, len(x), [layer.out_features for layer in layers]))
+    outputs = _outputs(y, len(x), [layer.out_features for layer in layers])
+    kernel(*arguments, *outputs, *NOTHING.arguments(program, x, outputs))
     return y
 
 

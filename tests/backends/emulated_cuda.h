@@ -267,6 +267,7 @@ inline void __syncthreads() { emulated::block().barrier.arrive_and_wait("__synct
 inline void __syncwarp() { emulated::warp().barrier.arrive_and_wait("__syncwarp"); }
 inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
 inline uint32_t __float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
+inline float rsqrtf(float value) { return 1 / std::sqrt(value); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;

@@ -5,7 +5,7 @@ import dataclasses
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -196,11 +196,12 @@ class TensorMap(ctypes.Structure):
 # For the GPU.
 
 
-def run_on_gpu(kernel: Any, inputs: list[Tensor], layers: list[Operands]) -> None:
-    """Call a compiled program with what the layers share and with all of theirs, and take over y and status."""
+def run_on_gpu(kernel: Any, inputs: list[Tensor], layers: list[Operands], last: Sequence[Any] = ()) -> None:
+    """Call a compiled program with what the layers share, all of theirs, and ``last``; take over y and status."""
     on_gpu = [layer.cuda() for layer in layers]
     given = [tensor for layer in on_gpu for tensor in layer.tensors()[:-1] if tensor is not None]
-    kernel(*(tensor.cuda() for tensor in inputs), *given, *(layer.y for layer in on_gpu))
+    last = [value.cuda() if isinstance(value, Tensor) else value for value in last]
+    kernel(*(tensor.cuda() for tensor in inputs), *given, *(layer.y for layer in on_gpu), *last)
     for layer, result in zip(layers, on_gpu, strict=True):
         layer.y, layer.status = result.y.cpu(), result.status.cpu()
 

@@ -1,6 +1,7 @@
 """What the TileLang kernels compute, on a Hopper GPU."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ class Layer:
         return y + torch.ldexp(self.bias.double(), self.bias_exponent)
 
 
-def _run(x: Tensor, *layers: Layer) -> list[Tensor]:
+def _run(x: Tensor, *layers: Layer, **besides: Any) -> list[Tensor]:
     outputs: list[Tensor] = torch.ops.ternarize.linear_tilelang(
         x,
         [layer.T_packed for layer in layers],
@@ -52,6 +53,7 @@ def _run(x: Tensor, *layers: Layer) -> list[Tensor]:
         [layer.bias_exponent for layer in layers],
         [],
         layers[0].g,
+        **besides,
     )
     return outputs
 
@@ -189,3 +191,53 @@ def test_linear_runs_in_a_cuda_graph() -> None:
     x.copy_(_x(8, 256, dtype=torch.bfloat16))
     graph.replay()
     _assert_right(y, x, layer)
+
+
+@both_dtypes
+@pytest.mark.parametrize("M", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize(("N", "K"), [(4096, 4096), (4096, 14336), (333, 576)])
+def test_a_residual_is_added_before_it_is_rounded(M: int, N: int, K: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer, x, residual = Layer.random(N, K, 64, bias_exponent=-30), _x(1, M, K, dtype=dtype), _x(1, M, N, dtype=dtype)
+    (y,) = _run(x, layer, residual=residual)
+    expected = layer.expected(x) + residual.double()
+    assert (y.double() - expected).norm() / expected.norm() < RELATIVE_ERROR[dtype]
+    # float32 sums another way now and then.
+    assert (y == expected.to(dtype)).double().mean() > 0.95
+
+
+@both_dtypes
+@pytest.mark.parametrize("M", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize(("N", "K"), [(14336, 4096), (1536, 576), (5, 4096)])
+def test_two_layers_are_gated_before_they_are_rounded(M: int, N: int, K: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    gate, up, x = Layer.random(N, K, 64), Layer.random(N, K, 64, bias_exponent=-30), _x(M, K, dtype=dtype)
+    (y,) = _run(x, gate, up, gated=True)
+    expected = torch.nn.functional.silu(gate.expected(x)) * up.expected(x)
+    assert (y.double() - expected).norm() / expected.norm() < RELATIVE_ERROR[dtype]
+    assert (y == expected.to(dtype)).double().mean() > 0.95
+
+
+@both_dtypes
+@pytest.mark.parametrize(("M", "K"), [(1, 4096), (2, 4096), (1, 16384), (2, 8192), (2, 576), (1, 64)])
+def test_x_is_normalised_first(M: int, K: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layers = [Layer.random(N, K, 64) for N in (4096, 1024, 333)]
+    # Rows of different magnitude.
+    x = (_x(M, K, dtype=torch.float32) * torch.logspace(-2, 2, M, device="cuda")[:, None]).to(dtype)
+    weight = (1 + 0.1 * torch.randn(K, device="cuda")).to(dtype)
+    exact = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight.double()
+    normalised = exact.to(dtype)
+    outputs = _run(x, *layers, norm_weight=weight, norm_eps=1e-5)
+    for layer, y in zip(layers, outputs, strict=True):
+        _assert_right(y, normalised, layer)
+
+
+def test_a_norm_a_gate_and_a_guard_in_one_call() -> None:
+    torch.manual_seed(0)
+    gate, up, x = Layer.random(14336, 4096, 128), Layer.random(14336, 4096, 128), _x(2, 4096, dtype=torch.bfloat16)
+    weight = torch.ones(4096, device="cuda", dtype=torch.bfloat16)
+    (product,) = _run(x, gate, up, norm_weight=weight, norm_eps=1e-5, gated=True)
+    normalised = torch.nn.functional.rms_norm(x, (4096,), weight, 1e-5)
+    expected = torch.nn.functional.silu(gate.expected(normalised)) * up.expected(normalised)
+    assert (product.double() - expected).norm() / expected.norm() < 1e-2

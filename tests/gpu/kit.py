@@ -97,8 +97,10 @@ class FaultyExponents:
         self._kernel = kernel
         self._exponents = {layer.E.data_ptr(): layer.E.detach().clone() for layer in layers}
 
-    def __call__(self, x: Tensor, T_packed: Sequence[Tensor], E: Sequence[Tensor], *rest: Any) -> list[Tensor]:
-        return self._kernel(x, T_packed, [self._exponents.get(e.data_ptr(), e) for e in E], *rest)
+    def __call__(
+        self, x: Tensor, T_packed: Sequence[Tensor], E: Sequence[Tensor], *rest: Any, **fused: Any
+    ) -> list[Tensor]:
+        return self._kernel(x, T_packed, [self._exponents.get(e.data_ptr(), e) for e in E], *rest, **fused)
 
     def fail(self) -> None:
         """Fail from now on."""

@@ -5,6 +5,7 @@
 Exits with 0 if nothing is found. The kernels are compiled first, by several processes, into the caches on disk.
 """
 
+import functools
 import itertools
 import os
 import re
@@ -12,7 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from ternarize import ops
 from ternarize.activation import quantize_activation
 from ternarize.backends.select import facts_of, verify
+from ternarize.backends.tilelang.linear import fusible
 from ternarize.cli.doctor import check_backend
 from tests.backends.kit import Weights, random_weights
 
@@ -31,6 +33,7 @@ TOKENS = (1, 13, 40, 300)
 LAYERS = (
     ((4096,), 4096, 128, 1, False, False),
     ((333, 64, 65), 1152, 128, 1, False, True),
+    ((200, 200), 1152, 64, 1, False, True),
     ((130,), 14336, 128, 1, False, False),
     ((77,), 576, 64, 1, False, True),
     ((333,), 96, 32, 1, False, False),
@@ -53,8 +56,12 @@ SANITIZERS = 8
 SHOWN_LINES = 60
 
 
-def calls() -> Iterator[tuple[str, torch._ops.OpOverload, tuple[Any, ...]]]:
-    """What each call is, its op and its arguments; those of TileLang are guarded."""
+#: What a call is, and the call.
+Call = tuple[str, Callable[[], Any]]
+
+
+def calls() -> Iterator[Call]:
+    """Those of TileLang are guarded."""
     dtypes = itertools.cycle(DTYPES)
     for sizes, K, group_size, planes, mantissa, bias in LAYERS:
         layers = [
@@ -66,9 +73,7 @@ def calls() -> Iterator[tuple[str, torch._ops.OpOverload, tuple[Any, ...]]]:
             yield from _of_one_input(torch.randn(M, K, device="cuda").to(next(dtypes)), layers, group_size)
 
 
-def _of_one_input(
-    x: torch.Tensor, layers: list[Weights], group_size: int
-) -> Iterator[tuple[str, torch._ops.OpOverload, tuple[Any, ...]]]:
+def _of_one_input(x: torch.Tensor, layers: list[Weights], group_size: int) -> Iterator[Call]:
     weights = (
         [w.T_packed for w in layers],
         [w.E for w in layers],
@@ -86,17 +91,35 @@ def _of_one_input(
             if verify(backend, stem, facts)[0]:
                 sizes = [list(tensor.shape) for tensor in (x, *weights[0])]
                 name = f"{stem} of {backend}, x and T_packed {sizes}, group size {group_size}, {x.dtype}"
-                yield name, ops.lowered(stem, backend), ops.with_status(stem, backend, given, status)
+                op = functools.partial(ops.lowered(stem, backend), *ops.with_status(stem, backend, given, status))
+                yield name, op
+                besides = _besides(x, weights, group_size) if (stem, backend) == ("linear", "tilelang") else {}
+                if besides:
+                    yield f"{name}, with {', '.join(besides)}", functools.partial(op, **besides)
+
+
+def _besides(x: torch.Tensor, weights: Sequence[list[Any]], group_size: int) -> dict[str, Any]:
+    """All that the kernel can do besides in such a call."""
+    packed, _, mantissas, *_ = weights
+    allowed = fusible(x, packed, mantissas, group_size)
+    besides: dict[str, Any] = {}
+    if allowed.norm:
+        besides |= {"norm_weight": torch.ones_like(x[0]), "norm_eps": 1e-5}
+    if allowed.residual and len(packed) == 1:
+        besides |= {"residual": x.new_zeros(len(x), packed[0].shape[-2])}
+    if allowed.gate and len(packed) == 2:
+        besides |= {"gated": True}
+    return besides
 
 
 def call_some(first: int, step: int) -> None:
     """Make every ``step``-th call from the ``first`` on; one line says how many that were."""
     torch.manual_seed(0)
     count = 0
-    for name, op, args in itertools.islice(calls(), first, None, step):
+    for name, call in itertools.islice(calls(), first, None, step):
         # What the tool finds comes after the name of the call that did it.
         print(name, flush=True)
-        op(*args)
+        call()
         torch.cuda.synchronize()
         count += 1
     if first == 0:

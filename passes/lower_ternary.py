@@ -87,7 +87,7 @@ class LowerTernaryPass(GraphPass):
         kwargs: dict[str, Any] = dict(node.kwargs)
         mutated = {name: [None] * kwargs.get(f"_{name}_length", 0) for name in names if name not in kwargs}
         args = [(kwargs | mutated)[name] for name in names] if functionalised else list(node.args)
-        facts = facts_of(stem, [_value(argument) for argument in args])
+        facts = facts_of(stem, [value_of(argument) for argument in args])
         choice = choose(stem, self._phase, facts, self._policy)
         op = lowered(stem, choice.backend)
         if functionalised:
@@ -137,13 +137,13 @@ def choose_node(node: fx.Node, phase: Phase, policy: Kernels) -> Choice:
 def lowered_values(node: fx.Node) -> tuple[str, list[Any]]:
     """`lowered_arguments` with fake tensors in place of nodes."""
     stem, args = lowered_arguments(node)
-    return stem, [_value(argument) for argument in args]
+    return stem, [value_of(argument) for argument in args]
 
 
-def _value(argument: Any) -> Any:
-    """The fake tensors of an argument."""
+def value_of(argument: Any) -> Any:
+    """The fake tensors of an argument of a node."""
     if isinstance(argument, fx.Node):
         return argument.meta["val"] if "val" in argument.meta else argument.meta["example_value"]
     if isinstance(argument, list | tuple):
-        return [_value(item) for item in argument]
+        return [value_of(item) for item in argument]
     return argument

@@ -7,7 +7,8 @@
    AOTAutograd makes.
 2. On the joint graph (`JointPasses`), before it is partitioned: `InsertUpdateHookPass`.
 3. On each functional graph after autograd (`PostGradPasses`), before Inductor's own passes: `LowerTernaryPass`, after
-   which no semantic op is left.
+   which no semantic op is left; then, in inference, `FuseDecodePass`, which needs to know what TileLang runs, and norms
+   and gates as Inductor's decompositions write them, before Inductor fuses them into kernels of its own.
 
 `JointPasses` and `PostGradPasses` have a ``uuid`` that names the package's sources and every setting that a choice
 depends on, so that Inductor's caches stay valid and never serve a graph that was lowered for other kernels.
@@ -22,6 +23,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from ternarize.backends.select import Phase, fingerprint
 from ternarize.config import Kernels
 from ternarize.passes.base import source_hash
+from ternarize.passes.fuse_decode import FuseDecodePass
 from ternarize.passes.fuse_shared_input import FuseSharedInputPass
 from ternarize.passes.insert_finite_guard import GuardLossPass
 from ternarize.passes.insert_update_hook import InsertUpdateHookPass
@@ -68,6 +70,8 @@ class PostGradPasses(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         """Run the passes in order."""
         LowerTernaryPass(self._phase, self._policy)(graph)
+        if self._phase == "inference":
+            FuseDecodePass()(graph)
 
     def uuid(self) -> Any:
         """Part of the cache key."""

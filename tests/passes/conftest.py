@@ -11,6 +11,7 @@ import torch._functorch.config
 import torch._inductor.config
 from torch import Tensor, fx, nn
 
+from ternarize.backends import select
 from ternarize.config import TernaryConfig
 from ternarize.layer import TernaryLinear, ternary_layers
 from ternarize.passes import manager
@@ -111,6 +112,21 @@ def lowered_graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
 
     monkeypatch.setattr(manager.PostGradPasses, "__call__", record)
     return seen
+
+
+@pytest.fixture
+def tilelang_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of ``linear`` in inference graphs are lowered to TileLang, also without a GPU: tests put a kernel there."""
+    original = select.choose
+
+    def choose(stem: str, phase: Any, facts: Any, policy: Any, *, tilelang: bool = True) -> select.Choice:
+        if stem == "linear" and phase == "inference" and tilelang and policy in ("auto", "tilelang"):
+            return select.Choice("tilelang", "a stand-in")
+        return original(stem, phase, facts, "auto", tilelang=tilelang)
+
+    monkeypatch.setattr("ternarize.passes.lower_ternary.choose", choose)
+    monkeypatch.setattr("ternarize.backends.select.choose", choose)
+    monkeypatch.setattr("ternarize.backends.tilelang.programs.prepare", lambda *_, **__: None)
 
 
 @pytest.fixture

@@ -12,9 +12,7 @@ from torch._inductor.utils import fresh_inductor_cache
 from torch.utils.checkpoint import checkpoint
 
 from ternarize import guard
-from ternarize.backends import select
 from ternarize.backends.tilelang import linear as tilelang_linear
-from ternarize.backends.tilelang import programs
 from ternarize.backends.torch.update import NONFINITE_LOSS, NONFINITE_OUTPUT
 from ternarize.errors import NonFiniteError
 from ternarize.layer import TernaryLinear, ternary_layers
@@ -99,19 +97,9 @@ class FakeTileLang:
 
 
 @pytest.fixture
-def fake_tilelang(monkeypatch: pytest.MonkeyPatch) -> FakeTileLang:
+def fake_tilelang(tilelang_chosen: None, monkeypatch: pytest.MonkeyPatch) -> FakeTileLang:
     fake = FakeTileLang()
-    original = select.choose
-
-    def choose(stem: str, phase: Any, facts: Any, policy: Any, *, tilelang: bool = True) -> select.Choice:
-        if stem == "linear" and phase == "inference" and tilelang and policy in ("auto", "tilelang"):
-            return select.Choice("tilelang", "a stand-in")
-        return original(stem, phase, facts, "auto", tilelang=tilelang)
-
-    monkeypatch.setattr("ternarize.passes.lower_ternary.choose", choose)
-    monkeypatch.setattr("ternarize.backends.select.choose", choose)
     monkeypatch.setattr(tilelang_linear, "linear", fake)
-    monkeypatch.setattr(programs, "prepare", lambda *_, **__: None)
     return fake
 
 

@@ -6,6 +6,7 @@ Inductor fuses and schedules everything else. `ternarize.passes.manager` states 
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,11 @@ from ternarize.passes.lower_ternary import choose_node, guarded_by, lowered_valu
 from ternarize.passes.manager import JointPasses, PostGradPasses, run_on_dynamo_graph
 
 Layers = dict[fx.Node, TernaryLinear]
+
+#: Of Inductor's config, for graphs that decode: kernels that do not need each other's results, such as the rotary
+#: embeddings of q and k and the writes to the cache, are launched as one. More tokens gain nothing, and pay in memory
+#: for results that are ready long before they are used.
+_COMBINED = {"combo_kernels": True, "combo_kernels_pointwise_only": True}
 
 
 def compile_graph(
@@ -46,8 +52,9 @@ def compile_graph(
     def is_tilelang(node: fx.Node) -> bool:
         return choose_node(node, phase, policy).backend == "tilelang"
 
-    if phase == "inference" and any(is_tilelang(node) for node, _ in layer_calls(graph_module.graph)):
-        patches = programmatic_launch.PATCHES | patches
+    in_tilelang = [node for node, _ in layer_calls(graph_module.graph) if is_tilelang(node)]
+    if phase == "inference" and in_tilelang:
+        patches = programmatic_launch.PATCHES | (_COMBINED if all(map(_decodes, in_tilelang)) else {}) | patches
     guards = GuardOutputPass(lambda node: guarding and is_tilelang(node))
     guards(graph_module.graph)
     graph_module.recompile()
@@ -82,6 +89,14 @@ def _inductor_patches(mode: str | None, options: dict[str, Any]) -> dict[str, An
         if key not in known:
             raise ConfigError(f"option {key!r} is neither 'kernels' nor an option of Inductor (torch._inductor.config)")
     return {**(modes.get(mode, {}) if mode else {}), **named}
+
+
+def _decodes(node: fx.Node) -> bool:
+    """Whether a call has no more tokens than TileLang's program for a few takes; not if their number is symbolic."""
+    from ternarize.backends.tilelang.linear_decode import MOST_TOKENS
+
+    rows = math.prod(lowered_values(node)[1][0].shape[:-1])
+    return isinstance(rows, int) and rows <= MOST_TOKENS
 
 
 def _needs_autograd(inputs: Sequence[Any]) -> bool:

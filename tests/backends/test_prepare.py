@@ -95,16 +95,22 @@ def test_a_training_graph_begins_the_stage_of_its_updates_too(started: list[Prog
     assert "so does the stage of its update" in str(explain(model))
 
 
-def test_inference_with_tilelang_launches_inductors_kernels_programmatically(
-    started: list[Program], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: list[Any] = []
+@pytest.fixture
+def patched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What of Inductor's config is set for each graph, which is then not compiled."""
+    given: list[dict[str, Any]] = []
 
     def compile_fx(graph: Any, _: Any, *, config_patches: dict[str, Any], **__: Any) -> Any:
-        given.append(config_patches.get("triton.enable_pdl"))
+        given.append(config_patches)
         return graph
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    return given
+
+
+def test_inference_with_tilelang_launches_inductors_kernels_programmatically(
+    started: list[Program], patched: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     x = torch.randn(40, 128, dtype=torch.bfloat16)
     with torch.no_grad():
         compiled()(x)
@@ -116,7 +122,17 @@ def test_inference_with_tilelang_launches_inductors_kernels_programmatically(
     torch._dynamo.reset()
     with torch.no_grad():
         compiled()(x)
-    assert given == [True, False, None, None]
+    assert [patches.get("triton.enable_pdl") for patches in patched] == [True, False, None, None]
+
+
+def test_independent_kernels_of_a_graph_that_decodes_are_launched_as_one(
+    started: list[Program], patched: list[dict[str, Any]]
+) -> None:
+    with torch.no_grad():
+        for M, settings in ((16, {}), (17, {}), (1, {"options": {"combo_kernels": False}}), (3, {"dynamic": True})):
+            torch._dynamo.reset()
+            compiled(**settings)(torch.randn(M, 128, dtype=torch.bfloat16))
+    assert [patches.get("combo_kernels", False) for patches in patched] == [True, False, False, False]
 
 
 def test_a_kernel_is_built_once_and_its_failure_raised_where_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,8 @@ def test_thousands_of_steps_leave_memory_flat(mode: Apply, steps: int) -> None:
         if step + 1 in (FIRST_LOOK, steps):
             looks.append((objects(), resident()))
     (early_objects, early), (late_objects, late) = looks
-    assert late_objects == early_objects
+    # Fewer, if what earlier tests have left is freed meanwhile.
+    assert late_objects <= early_objects
     assert late - early <= SLACK
     assert optimizer.skipped_steps == steps // 1000
     assert layer.rng.tolist() == [0, 0, steps - steps // 1000]

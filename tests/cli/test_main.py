@@ -123,11 +123,13 @@ def test_a_verb_that_is_ended_leaves_nothing_half_written(
         signal.raise_signal(number)
 
     monkeypatch.setattr("ternarize.checkpoint.safetensors_files.SafetensorsFiles.save_companions", end)
-    # A signal that is not taken would end the tests.
+    # A signal that is not taken would end the tests; Python takes no SIGINT where it runs in a shell's background.
     former = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    former_interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert main(["convert", str(tiny_checkpoint), str(tmp_path / "out"), "--group-size", "32"]) == INTERRUPTED
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, former)
+        signal.signal(signal.SIGINT, former_interrupt)
     assert not any(tmp_path.iterdir())

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ternarize.backends.tilelang import build
 from ternarize.backends.tilelang.layers import LayerShape
-from ternarize.backends.tilelang.linear_decode import FUSED, DecodeTile, gateable
-from ternarize.errors import ShapeError
+from ternarize.backends.tilelang.linear_decode import FUSED, DecodeTile
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,9 +22,11 @@ class Fused:
     residual: Tensor | None = None
     gated: bool = False
 
-    def __bool__(self) -> bool:
-        """Whether it does anything."""
-        return self.norm_weight is not None or self.residual is not None or self.gated
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """What it does, by the names of `ternarize.backends.tilelang.linear_decode.FUSED`."""
+        does = {"norm": self.norm_weight is not None, "residual": self.residual is not None, "gated": self.gated}
+        return tuple(name for name in FUSED if does[name])
 
     def arguments(self, program: build.Program, x: Tensor, y: Sequence[Tensor]) -> list[Tensor | float | int]:
         """The last arguments of a program's kernel; none of one that can do nothing besides.
@@ -34,30 +35,14 @@ class Fused:
             program: of the call.
             x: [M, K].
             y: [M, N] of each layer, for layers that are gated only the first.
-
-        Raises:
-            ShapeError: if the kernel cannot do what is asked for in such a call.
         """
-        tile, layers = program.tile, program.layers
-        if not isinstance(tile, DecodeTile) or program.activation != "float":
+        if not isinstance(program.tile, DecodeTile) or program.activation != "float":
             return []
-        asked = {
-            "norm": self.norm_weight is not None,
-            "residual": self.residual is not None,
-            "gated": self.gated,
-        }
-        can = {"norm": tile.normalises(program.K), "residual": len(layers) == 1, "gated": gateable(layers)}
-        refused = [name for name in FUSED if asked[name] and not can[name]]
-        if refused:
-            raise ShapeError(
-                f"linear_tilelang was asked for {' and '.join(refused)} in a call of {len(x)} tokens, {program.K} "
-                f"in_features and {' and '.join(str(layer.N) for layer in layers)} out_features: see `fusible`"
-            )
         # Where there is none, any tensor of its shape.
         weight = x[0] if self.norm_weight is None else aligned(self.norm_weight)
         residual = [y[0] if self.residual is None else self.residual.contiguous().view_as(y[0])]
-        what = sum(bit for name, bit in FUSED.items() if asked[name])
-        return [weight, *(residual if len(layers) == 1 else []), self.norm_eps, what]
+        what = sum(FUSED[name] for name in self.asked)
+        return [weight, *(residual if len(program.layers) == 1 else []), self.norm_eps, what]
 
 
 def layer_shapes(
@@ -87,10 +72,10 @@ def gpu_name(device: torch.device) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _kernel(
-    program_for: Callable[..., build.Program], device: torch.device, *call: Any, guarded: bool
+    program_for: Callable[..., build.Program], device: torch.device, *call: Any, guarded: bool, fused: tuple[str, ...]
 ) -> tuple[build.Program, build.Kernel]:
     """Of a call, by the arguments of its ``program_for``: to form the program each time takes longer."""
-    program = program_for(*call, guarded=guarded, gpu=gpu_name(device))
+    program = program_for(*call, guarded=guarded, gpu=gpu_name(device), fused=fused)
     return program, build.start(program).result()
 
 
@@ -120,10 +105,13 @@ def launch(
         status: of each layer, or empty: then nothing is reported.
         group_size: of all layers.
         dtype: of the results.
-        fused: what the kernel does besides, of a ``program_for`` whose programs can.
+        fused: what the kernel does besides.
 
     Returns:
         [..., N] of each layer; one of layers that are gated.
+
+    Raises:
+        ShapeError: if no kernel does besides what is asked for.
     """
     x, *scale = inputs
     K = x.shape[-1]
@@ -141,7 +129,8 @@ def launch(
         arguments += [tensor for tensor in (bias[i], bias_exponent[i]) if tensor is not None]
         arguments += status[i : i + 1]
     layers = layer_shapes(T_packed, E_mantissa, bias)
-    program, kernel = _kernel(program_for, x.device, M, layers, K, group_size, dtype, guarded=bool(status))
+    call = (M, layers, K, group_size, dtype)
+    program, kernel = _kernel(program_for, x.device, *call, guarded=bool(status), fused=fused.asked)
     y = [output.view(M, -1) for output in outputs]
     # Of layers that are gated, the kernel writes to the first.
     of_layers = y * len(layers) if fused.gated else y

@@ -12,7 +12,7 @@ from torch import Tensor
 from ternarize.backends.tilelang.build import Program
 from ternarize.backends.tilelang.host import Fused, launch, layer_shapes
 from ternarize.backends.tilelang.layers import Dtype, LayerShape, dtype_name
-from ternarize.backends.tilelang.linear_decode import DecodeTile, choose_decode_tile
+from ternarize.backends.tilelang.linear_decode import DecodeTile, choose_decode_tile, gateable
 from ternarize.backends.tilelang.linear_wgmma import Tile, choose_wgmma_tile
 from ternarize.backends.tilelang.tuned import tuned_tile
 from ternarize.config import Activation
@@ -61,34 +61,32 @@ def program_for(
     guarded: bool,
     gpu: str | None,
     activation: Activation = "float",
+    fused: tuple[str, ...] = (),
 ) -> Program:
-    """The program that a call of M tokens runs on a GPU, named as for `choose_tile`: one for all layers."""
+    """The program that a call of M tokens runs on a GPU, named as for `choose_tile`: one for all layers.
+
+    Raises:
+        ShapeError: if no kernel does besides what ``fused`` names, of `FUSED` in linear_decode.py.
+    """
     g = group_size if group_size > 0 else K
     name = dtype_name(dtype)
-    tile = choose_tile(M, layers, K, g, name, gpu, activation)
+    tile = _fused_tile(M, layers, K, g, fused) if fused else choose_tile(M, layers, K, g, name, gpu, activation)
     return Program(layers=layers, K=K, g=g, dtype=name, activation=activation, guarded=guarded, tile=tile)
 
 
-def fused_program_for(
-    M: int,
-    layers: tuple[LayerShape, ...],
-    K: int,
-    group_size: int,
-    dtype: torch.dtype,
-    *,
-    guarded: bool,
-    gpu: str | None,
-) -> Program:
-    """That of `program_for` for a call that does something besides: what `fusible` looked at, whatever is measured.
-
-    Raises:
-        ShapeError: if no kernel can do anything besides in such a call.
-    """
-    program = program_for(M, layers, K, group_size, dtype, guarded=guarded, gpu=gpu)
-    tile = choose_decode_tile(M, layers, K, program.g)
+def _fused_tile(M: int, layers: tuple[LayerShape, ...], K: int, g: int, asked: Sequence[str]) -> DecodeTile:
+    """The tile of a call that does something besides: what `fusible` looked at, whatever is measured."""
+    tile = choose_decode_tile(M, layers, K, g)
     if tile is None:
         raise ShapeError(f"a call of {M} tokens and {K} in_features can do nothing besides `linear`: see `fusible`")
-    return dataclasses.replace(program, tile=tile)
+    can = {"norm": tile.normalises(K), "residual": len(layers) == 1, "gated": gateable(layers)}
+    refused = [name for name in asked if not can[name]]
+    if refused:
+        raise ShapeError(
+            f"linear_tilelang was asked for {' and '.join(refused)} in a call of {M} tokens, {K} in_features and "
+            f"{' and '.join(str(layer.N) for layer in layers)} out_features: see `fusible`"
+        )
+    return tile
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,5 +134,4 @@ def linear(
     `ternarize.backends.tilelang.host.Fused`.
     """
     weights = (T_packed, E, E_mantissa, bias, bias_exponent, status, group_size, x.dtype)
-    asked = Fused(**fused)
-    return launch(fused_program_for if asked else program_for, [x], *weights, asked)
+    return launch(program_for, [x], *weights, Fused(**fused))

@@ -22,7 +22,7 @@ from ternarize.errors import ConfigError
 from ternarize.layer import TernaryLinear
 from ternarize.passes.base import calls
 from ternarize.passes.insert_finite_guard import GuardOutputPass, layer_calls
-from ternarize.passes.lower_ternary import choose_node, guarded_by, lowered_values
+from ternarize.passes.lower_ternary import choose_node, guarded_by, lowered_values, rounds_itself
 from ternarize.passes.manager import JointPasses, PostGradPasses, run_on_dynamo_graph
 
 Layers = dict[fx.Node, TernaryLinear]
@@ -129,7 +129,8 @@ def _start_kernels(graph_module: fx.GraphModule, is_tilelang: Callable[[fx.Node]
 
             stem, values = lowered_values(node)
             x, T_packed, _, E_mantissa, bias, _, group_size = values
-            prepare(stem, x, T_packed, E_mantissa, bias, group_size, guarded=bool(guarded_by(node)))
+            does = {"guarded": bool(guarded_by(node)), "rounds": rounds_itself(node)}
+            prepare(stem, x, T_packed, E_mantissa, bias, group_size, **does)
             if calls(node, torch.ops.ternarize.linear_train):
                 prepare_update(x.dtype)
 

@@ -63,7 +63,7 @@ def _fuse(call: fx.Node) -> int:
     from ternarize.backends.tilelang.linear import fusible
 
     x, T_packed, _, E_mantissa, *_, group_size = map(value_of, call.args)
-    can = fusible(x, T_packed, E_mantissa, group_size)
+    can = fusible(x, T_packed, E_mantissa, group_size, rounds=bool(call.kwargs.get("rounds")))
     before = can.norm and _fuse_norm(call)
     # A call of two layers adds no residual, also where they are gated.
     after = (can.gate and _fuse_gate(call)) or (can.residual and _fuse_residual(call))

@@ -43,6 +43,10 @@ class LowerTernaryPass(GraphPass):
         abs_1    = aten.abs(x);  ...  q: "i8[s0, 4096]" = ...;  scale: "f32[s0, 1]" = ...
         linear_1 = ternarize.linear_int8_triton(q, scale, [T], [E], [None], [None], [None], 128, torch.bfloat16)
 
+    or, for a few tokens on TileLang, is part of the call:
+
+        linear_1 = ternarize.linear_tilelang(x, [T], [E], [None], [None], [None], [row], 128, rounds=True)
+
     ``linear_train`` becomes the same lowered op: its update is already in the backward graph, where ``grad_input`` and
     the update hook (inside its auto_functionalized_v2) are replaced likewise. A semantic op that is left over is an
     error. Counts lowered ops.
@@ -62,12 +66,15 @@ class LowerTernaryPass(GraphPass):
             elif calls(node, *LOWERED):
                 stem, args = lowered_arguments(node)
                 choice = choose_node(node, self._phase, self._policy)
+                kwargs: dict[str, Any] = {}
                 with graph.inserting_before(node):
-                    if stem == LINEAR_STEM["int8"]:
+                    if choice.backend == "tilelang" and rounds_itself(node):
+                        stem, kwargs = LINEAR_STEM["float"], {"rounds": True}
+                    elif stem == LINEAR_STEM["int8"]:
                         x, *rest = args
                         args = (*_write_quantizer(graph, x), *rest, x.meta["val"].dtype)
                     args = with_status(stem, choice.backend, args, guarded_by(node))
-                    call = graph.call_function(lowered(stem, choice.backend), args)
+                    call = graph.call_function(lowered(stem, choice.backend), args, kwargs)
                 call.meta = copy_meta(node)
                 node.replace_all_uses_with(call)
                 graph.erase_node(node)
@@ -125,6 +132,18 @@ def _write_quantizer(graph: fx.Graph, x: fx.Node) -> tuple[Any, Any]:
     (placeholder,) = traced.graph.find_nodes(op="placeholder")
     q, scale = graph.graph_copy(traced.graph, {placeholder: x})  # type: ignore[misc]  # the outputs, as they were
     return q, scale
+
+
+def rounds_itself(node: fx.Node) -> bool:
+    """Whether a call that TileLang gets rounds x to int8 in its kernel; in training the rounded x is needed again."""
+    stem, values = lowered_values(node)
+    if stem != LINEAR_STEM["int8"] or not calls(node, torch.ops.ternarize.linear):
+        return False
+    # TileLang takes a second to import: where it runs a call, it is there.
+    from ternarize.backends.tilelang.linear import rounds
+
+    x, T_packed, _, E_mantissa, *_, group_size = values
+    return rounds(x, T_packed, E_mantissa, group_size)
 
 
 def choose_node(node: fx.Node, phase: Phase, policy: Kernels) -> Choice:

@@ -17,18 +17,20 @@ so every per-layer argument is a list:
 Lowered ops, ``<op>_tilelang``, ``<op>_triton`` and ``<op>_torch``, are what `ternarize.passes.lower_ternary` puts in
 their place: each calls the function of the same name in ``ternarize.backends.<backend>``. ``linear_tilelang`` and
 ``linear_int8_tilelang`` also take a list ``status``, before ``group_size``: empty, or one tensor a layer, whose output
-bit the kernel raises if it writes a value that is not finite. ``linear_tilelang`` can also do what
-`ternarize.passes.fuse_decode` finds around a call of a few tokens:
+bit the kernel raises if it writes a value that is not finite. ``linear_tilelang`` can also do what is around a call of
+a few tokens, of which all but ``rounds`` is found by `ternarize.passes.fuse_decode`:
 
     norm_weight    [K] of x's dtype: x is normalised by its root mean square first, and multiplied by it
     norm_eps       float, added to the mean square
+    rounds         x, normalised or not, is rounded to int8 as the quantiser does: what ``linear_int8`` multiplies
     residual       [..., N] of x's dtype, of one layer: added to y
     gated          of two layers with as many rows: the one result is silu(y_0) · y_1
 
 All in float32, rounded once: to x's dtype what is multiplied, and what is returned.
 
 With activation "int8", ``linear`` and ``linear_train`` are lowered to the quantiser (`ternarize.activation`), as
-ordinary ops that Inductor fuses into what comes before, and ``linear_int8``. The rounding is passed straight through in
+ordinary ops that Inductor fuses into what comes before, and ``linear_int8``; a few tokens on TileLang to one call that
+``rounds``. The rounding is passed straight through in
 backward, as in BitNet: grad_x is that of ``linear``, and the update takes x as it was multiplied, rounded.
 
 Arguments, by name, with the letters of `ternarize.packing`:
@@ -78,7 +80,7 @@ _STAGE_MUTATED = (
 )
 
 _LINEAR = f"(Tensor x, {_WEIGHTS}, {_BIAS}, int group_size) -> Tensor[]"
-_FUSED = "Tensor? norm_weight=None, float norm_eps=0.0, Tensor? residual=None, bool gated=False"
+_FUSED = "bool rounds=False, Tensor? norm_weight=None, float norm_eps=0.0, Tensor? residual=None, bool gated=False"
 _LINEAR_INT8 = f"(Tensor q, Tensor scale, {_WEIGHTS}, {_BIAS}, int group_size, ScalarType dtype) -> Tensor[]"
 _STATUS = "Tensor(a!)[] status"
 _GRAD_INPUT = f"(Tensor[] grad_y, {_WEIGHTS}, int in_features, int group_size) -> Tensor"

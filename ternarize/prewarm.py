@@ -71,16 +71,21 @@ def plan_call(
     programs: dict[Program, list[int]] = {}
     if choice.backend == "tilelang":
         from ternarize.backends.tilelang.host import layer_shapes
+        from ternarize.backends.tilelang.linear import rounds_few
         from ternarize.backends.tilelang.programs import program_for
 
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         tensors = [layer.empty(device="meta") for layer in call]
         shapes = layer_shapes(*zip(*((t.T_packed, t.E_mantissa, t.bias) for t in tensors), strict=True))
+        K, g = first.in_features, first.group_size
         for M in tokens:
-            program = program_for(
-                stem, M, shapes, first.in_features, first.group_size, dtype, guarded=checks_finite(), gpu=gpu
-            )
-            programs.setdefault(program, []).append(M)
+            # Where the number of tokens is dynamic, x is rounded before the call.
+            rounds = [False, True] if stem != "linear" and rounds_few(M, shapes, K, g if g > 0 else K) else [False]
+            for rounded_in_call in rounds:
+                program = program_for(
+                    stem, M, shapes, K, g, dtype, guarded=checks_finite(), gpu=gpu, rounds=rounded_in_call
+                )
+                programs.setdefault(program, []).append(M)
     return PlannedCall(call, choice, programs)
 
 

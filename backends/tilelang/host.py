@@ -17,6 +17,7 @@ from ternarize.backends.tilelang.linear_decode import FUSED, DecodeTile
 class Fused:
     """What a call of `linear` does besides, as `ternarize.ops` says; as it is, nothing."""
 
+    rounds: bool = False
     norm_weight: Tensor | None = None
     norm_eps: float = 0.0
     residual: Tensor | None = None
@@ -24,9 +25,14 @@ class Fused:
 
     @property
     def asked(self) -> tuple[str, ...]:
-        """What it does, by the names of `ternarize.backends.tilelang.linear_decode.FUSED`."""
-        does = {"norm": self.norm_weight is not None, "residual": self.residual is not None, "gated": self.gated}
-        return tuple(name for name in FUSED if does[name])
+        """What it does: rounds, for which there are programs of their own, and the names of `FUSED`."""
+        does = {
+            "rounds": self.rounds,
+            "norm": self.norm_weight is not None,
+            "residual": self.residual is not None,
+            "gated": self.gated,
+        }
+        return tuple(name for name, asked in does.items() if asked)
 
     def arguments(self, program: build.Program, x: Tensor, y: Sequence[Tensor]) -> list[Tensor | float | int]:
         """The last arguments of a program's kernel; none of one that can do nothing besides.
@@ -41,7 +47,7 @@ class Fused:
         # Where there is none, any tensor of its shape.
         weight = x[0] if self.norm_weight is None else aligned(self.norm_weight)
         residual = [y[0] if self.residual is None else self.residual.contiguous().view_as(y[0])]
-        what = sum(FUSED[name] for name in self.asked)
+        what = sum(bit for name, bit in FUSED.items() if name in self.asked)
         return [weight, *(residual if len(program.layers) == 1 else []), self.norm_eps, what]
 
 

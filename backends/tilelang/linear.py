@@ -22,6 +22,10 @@ from ternarize.errors import ShapeError
 #: weights of the second one are on their way meanwhile. On an H200 (docs/figures.md).
 _LEAST_RESIDUAL_TOKENS = 8
 
+#: Most values of x that a call rounds to int8 itself: every block reads them all. On an H200 (docs/figures.md) 57344
+#: were faster so than by a kernel before, 65536 were not.
+_MOST_ROUNDED = 57344
+
 
 @functools.lru_cache(maxsize=4096)
 def choose_tile(
@@ -66,7 +70,7 @@ def program_for(
     """The program that a call of M tokens runs on a GPU, named as for `choose_tile`: one for all layers.
 
     Raises:
-        ShapeError: if no kernel does besides what ``fused`` names, of `FUSED` in linear_decode.py.
+        ShapeError: if no kernel does besides what ``fused`` names: rounds, or of `FUSED` in linear_decode.py.
     """
     g = group_size if group_size > 0 else K
     name = dtype_name(dtype)
@@ -76,10 +80,12 @@ def program_for(
 
 def _fused_tile(M: int, layers: tuple[LayerShape, ...], K: int, g: int, asked: Sequence[str]) -> DecodeTile:
     """The tile of a call that does something besides: what `fusible` looked at, whatever is measured."""
-    tile = choose_decode_tile(M, layers, K, g)
+    tile = choose_decode_tile(M, layers, K, g, rounds="rounds" in asked)
     if tile is None:
-        raise ShapeError(f"a call of {M} tokens and {K} in_features can do nothing besides `linear`: see `fusible`")
-    can = {"norm": tile.normalises(K), "residual": len(layers) == 1, "gated": gateable(layers)}
+        raise ShapeError(
+            f"a call of {M} tokens and {K} in_features can do nothing besides `linear`: see `fusible` and `rounds`"
+        )
+    can = {"rounds": True, "norm": tile.normalises(K), "residual": len(layers) == 1, "gated": gateable(layers)}
     refused = [name for name in asked if not can[name]]
     if refused:
         raise ShapeError(
@@ -101,20 +107,46 @@ class Fusible:
     """Add a residual."""
 
 
-def fusible(x: Tensor, T_packed: Sequence[Tensor], E_mantissa: Sequence[Tensor | None], group_size: int) -> Fusible:
+def fusible(
+    x: Tensor,
+    T_packed: Sequence[Tensor],
+    E_mantissa: Sequence[Tensor | None],
+    group_size: int,
+    *,
+    rounds: bool = False,
+) -> Fusible:
     """What a call of `linear` with these tensors, which may be fake, should do: linear_decode.cuh, for a few tokens.
 
-    No symbolic size is looked at: a call that has one can do nothing more.
+    No symbolic size is looked at: a call that has one can do nothing more. ``rounds``: whether it rounds x already.
     """
-    nothing = Fusible(norm=False, gate=False, residual=False)
+    call = _static_call(x, T_packed, E_mantissa, group_size)
+    tile = choose_decode_tile(*call, rounds=rounds) if call else None
+    if tile is None:
+        return Fusible(norm=False, gate=False, residual=False)
+    return Fusible(norm=tile.normalises(x.shape[-1]), gate=True, residual=tile.TOKENS >= _LEAST_RESIDUAL_TOKENS)
+
+
+def rounds(x: Tensor, T_packed: Sequence[Tensor], E_mantissa: Sequence[Tensor | None], group_size: int) -> bool:
+    """Whether a call of int8 activations should round x itself, `linear` in place of `linear_int8`; as `fusible`."""
+    call = _static_call(x, T_packed, E_mantissa, group_size)
+    return call is not None and rounds_few(*call)
+
+
+def rounds_few(M: int, layers: tuple[LayerShape, ...], K: int, g: int) -> bool:
+    """Whether a call has so few tokens that every block should round them."""
+    tile = choose_decode_tile(M, layers, K, g, rounds=True)
+    return tile is not None and tile.TOKENS * K <= _MOST_ROUNDED
+
+
+def _static_call(
+    x: Tensor, T_packed: Sequence[Tensor], E_mantissa: Sequence[Tensor | None], group_size: int
+) -> tuple[int, tuple[LayerShape, ...], int, int] | None:
+    """M, layers, K and g of a call that has any rows, and no symbolic size."""
     if x.dtype not in (torch.bfloat16, torch.float16) or not all(isinstance(size, int) for size in x.shape):
-        return nothing
+        return None
     M, K = math.prod(x.shape[:-1]), x.shape[-1]
     layers = layer_shapes(T_packed, E_mantissa, [None] * len(T_packed))
-    tile = choose_decode_tile(M, layers, K, group_size if group_size > 0 else K) if M > 0 else None
-    if tile is None:
-        return nothing
-    return Fusible(norm=tile.normalises(K), gate=True, residual=tile.TOKENS >= _LEAST_RESIDUAL_TOKENS)
+    return (M, layers, K, group_size if group_size > 0 else K) if M > 0 else None
 
 
 def linear(

@@ -18,9 +18,9 @@
 // of two groups of 64 is two words of a lane, one of each group, and b tells the groups apart.
 //
 // Activations in int8 take mma.m16n8k32, which has four trits a register: 64 T, the code in the top two bits of a byte.
-// Their scale, one a token, goes onto the finished sum. Floats of one or two tokens take it too, as three digits in base
-// 256 (linear_decode_x.cuh), if there are many rows: the mma has eight columns anyway, and to make operands of trits is
-// most of the work.
+// Their scale, one a token, goes onto the finished sum. They come rounded, or as floats that are rounded here
+// (linear_decode_round.cuh). Floats of one or two tokens take it too, as three digits in base 256 (linear_decode_x.cuh),
+// if there are many rows: the mma has eight columns anyway, and to make operands of trits is most of the work.
 //
 // Work. A thread block cluster owns consecutive row blocks. K is split over its blocks, and within a block over its
 // K_WARPS, each of which keeps its accumulators until its part of K is summed and leaves them in the shared memory of
@@ -38,9 +38,9 @@ constexpr int LINE_BYTES = 128;  // of a row and a step
 // DecodeTile.shared_bytes (linear_decode.py).
 //
 // Y: __nv_bfloat16 or __half. X: the same, or int8_t. TOKENS: 1, 2, 4, 8 or 16. TILES: mma tiles of 16 rows in a row
-// block. STAGES, WARPS, K_WARPS, CLUSTER: above. CLUSTERS: how many clusters there are. DIGITS: of floats, 3, or 0 if
-// they are multiplied as they are. GROUP: 64, a multiple of 128, or K. PLANES, MANTISSA_BYTES: trit planes and bytes of
-// an E_mantissa, for int8 and digits 1 and 0.
+// block. STAGES, WARPS, K_WARPS, CLUSTER: above. CLUSTERS: how many clusters there are. DIGITS: of floats, 3, 1 if they
+// are rounded to int8, or 0 if they are multiplied as they are. GROUP: 64, a multiple of 128, or K. PLANES,
+// MANTISSA_BYTES: trit planes and bytes of an E_mantissa, for int8 and digits 1 and 0.
 template <typename X, typename Y, int TOKENS, int TILES, int STAGES, int WARPS, int K_WARPS, int CLUSTER, int CLUSTERS,
           int DIGITS, int K, int GROUP, int PLANES, int MANTISSA_BYTES, bool GUARDED, typename... Layers>
 __device__ __forceinline__ void linear_decode(const void* x, const void* scale, void* shared, int M, Fused fused,
@@ -53,18 +53,18 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
   constexpr int ROW_WARPS = WARPS / K_WARPS;
   constexpr int PARTS = CLUSTER * K_WARPS;
   // Parts of sums that a lane leaves of a row block: its accumulators, of which those of a token's digits are added up.
-  constexpr int VALUES = TILES * (DIGITS != 0 ? 2 : COLUMN_TILES * 4);
+  constexpr int VALUES = TILES * (DIGITS == 3 ? 2 : COLUMN_TILES * 4);
   using Exponents = GroupValues<1, K, GROUP>;
   using Mantissas = GroupValues<MANTISSA_BYTES ? MANTISSA_BYTES : 4, K, GROUP>;
   constexpr int SCALES = Exponents::PER_CHUNK;
   constexpr int E_AT = PLANES * ROWS * LINE_BYTES;
   constexpr int MANTISSA_AT = E_AT + ROWS * Exponents::WORDS * 4;
   constexpr int STAGE_BYTES = MANTISSA_AT + (MANTISSA_BYTES ? ROWS * Mantissas::WORDS * 4 : 0);
-  // Of the operands of mma.
-  constexpr bool INT8 = DIGITS != 0 || std::is_same_v<X, int8_t>;
+  // Of the operands of mma; and of x, with a scale a token.
+  constexpr bool INT8 = DIGITS != 0 || std::is_same_v<X, int8_t>, INT8_X = INT8 && DIGITS != 3;
   using Accumulator = std::conditional_t<INT8, int, float>;
   static_assert(STEPS >= PARTS && K % 64 == 0 && (!INT8 || (PLANES == 1 && MANTISSA_BYTES == 0)));
-  static_assert(!std::is_same_v<X, int8_t> || (K < 1 << 17 && DIGITS == 0));
+  static_assert(!INT8_X || K < 1 << 17);
 
   constexpr int LAYERS = sizeof...(Layers);
   const Layer all[] = {layers...};
@@ -180,10 +180,13 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
   for (int stage = 0; stage < STAGES; ++stage) copy(stage);
   wait_for_previous_kernel();
 
-  // This block's part of x, and the parts of the sums of the row blocks that it forms: [slot][part][value][lane].
+  // This block's part of x; the scales of what it rounds; and the parts of the sums of the row blocks that it forms:
+  // [slot][part][value][lane].
   uint8_t* const s_x = static_cast<uint8_t*>(shared) + WARPS * STAGES * STAGE_BYTES;
   constexpr int MOST_CHUNKS = (STEPS + CLUSTER - 1) / CLUSTER * CHUNKS;
-  float* const s_parts = reinterpret_cast<float*>(s_x + MOST_CHUNKS * Inputs::CHUNK_BYTES);
+  using Scales = TokenScales<X, TOKENS, WARPS>;
+  const Scales token_scales{reinterpret_cast<float*>(s_x + MOST_CHUNKS * Inputs::CHUNK_BYTES)};
+  float* const s_parts = token_scales.scales + (Inputs::ROUNDS ? Scales::BYTES / 4 : 0);
   static_assert(PARTS * VALUES * 32 >= WARPS * TOKENS);
 
   // y of this block: row blocks rank, rank + CLUSTER, ... of the cluster, of gated layers of the first one.
@@ -200,10 +203,13 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
     return static_cast<const Y*>(fused.residual)[static_cast<int64_t>(m) * all[0].N + n];
   };
 
-  if (normalise)
-    norm.stage(inputs, s_x, s_parts, fused.norm_eps);
-  else
-    inputs.template stage<WARPS * 32>(s_x, block_step * CHUNKS, block_steps * CHUNKS);
+  if (normalise) {
+    norm.stage(inputs, s_x, s_parts, fused.norm_eps, token_scales);
+  } else {
+    float factor = 0;
+    if constexpr (Inputs::ROUNDS) factor = token_scales.set(inputs.template largest_of<WARPS * 32>(STEPS * CHUNKS));
+    inputs.template stage<WARPS * 32>(s_x, block_step * CHUNKS, block_steps * CHUNKS, factor);
+  }
   if (CLUSTER > 1) cluster_wait();
   __syncthreads();
 
@@ -259,7 +265,7 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
             const int row = tile * 16 + half * 8 + row_in_tile, n = row_of(here, n0, row);
             const int group = quad_lane * SCALES + s;
             const int E = static_cast<int8_t>(Exponents::read(from + E_AT, row, n, first_step + step, group));
-            scales[tile][half][s] = DIGITS != 0 ? exp2_int(E) : INT8 ? int8_scale(E) : half_scale(E);
+            scales[tile][half][s] = INT8_X ? int8_scale(E) : INT8 ? exp2_int(E) : half_scale(E);
             if constexpr (MANTISSA_BYTES != 0) {
               const int mantissa = Mantissas::read(from + MANTISSA_AT, row, n, first_step + step, group);
               scales[tile][half][s] *= static_cast<float>(mantissa);
@@ -275,7 +281,7 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
         const uint8_t* const x_chunk = s_x + chunk * Inputs::CHUNK_BYTES + quad_lane * 16;
         // What the digits of this lane's columns stand for.
         float units[COLUMN_TILES][2];
-        if constexpr (DIGITS != 0)
+        if constexpr (DIGITS == 3)
 #pragma unroll
           for (int t = 0; t < COLUMN_TILES; ++t) {
             const float2 of_tile = *reinterpret_cast<const float2*>(s_x + chunk * Inputs::CHUNK_BYTES +
@@ -345,7 +351,7 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
                 for (int i = half * 2; i < half * 2 + 2; ++i) {
                   // A unit first: alone the scale may lead out of range.
                   const float value = group_value(group_sum[s][tile][t][i]);
-                  sum[tile][t][i] += group_scale * (DIGITS != 0 ? value * units[t][i % 2] : value);
+                  sum[tile][t][i] += group_scale * (DIGITS == 3 ? value * units[t][i % 2] : value);
                 }
             }
       }
@@ -357,7 +363,7 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
 #pragma unroll
     for (int value = 0; value < VALUES; ++value) {
       float v;
-      if constexpr (DIGITS != 0) {
+      if constexpr (DIGITS == 3) {
         // Of a quad, lane 0 has columns 0 and 1, lane 1 columns 2 and 3: token 0 is the first three, and ends up in lane
         // 0; token 1 is the next three, and ends up in lane 2.
         const float even = sum[value / 2][0][value % 2 * 2], odd = sum[value / 2][0][value % 2 * 2 + 1];
@@ -386,16 +392,17 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
   // y in float32, of a row of a row block, whose parts are in a slot.
   auto finish = [&](int slot, int row, const Layer& here, int n, int m) {
     const int half = row / 8 % 2;
-    const int value = DIGITS != 0 ? row / 16 * 2 + half : (row / 16 * COLUMN_TILES + m / 8) * 4 + half * 2 + m % 2;
-    const int quad = DIGITS != 0 ? m * 2 : m % 8 / 2;
+    const int value = DIGITS == 3 ? row / 16 * 2 + half : (row / 16 * COLUMN_TILES + m / 8) * 4 + half * 2 + m % 2;
+    const int quad = DIGITS == 3 ? m * 2 : m % 8 / 2;
     const float* const parts = s_parts + (slot * PARTS * VALUES + value) * 32 + row % 8 * 4 + quad;
     float sum = 0;
 #pragma unroll
     for (int p = 0; p < PARTS; ++p) sum += parts[p * VALUES * 32];
     // In float64, which neither 2^INT8_SHIFT nor the scale leads out of range.
-    if constexpr (std::is_same_v<X, int8_t>)
-      sum = static_cast<float>(static_cast<double>(sum) * (1 << INT8_SHIFT) *
-                               load_scale(static_cast<const float*>(scale) + m));
+    if constexpr (INT8_X) {
+      const float of_token = Inputs::ROUNDS ? token_scales.scales[m] : load_scale(static_cast<const float*>(scale) + m);
+      sum = static_cast<float>(static_cast<double>(sum) * (1 << INT8_SHIFT) * of_token);
+    }
     if (here.bias != nullptr) sum += bias_value(here.bias[n], *here.bias_exponent);
     if (GUARDED && !isfinite(static_cast<float>(rounded<Y>(sum)))) report_nonfinite(here.status);
     return sum;

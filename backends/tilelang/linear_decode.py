@@ -31,7 +31,7 @@ MOST_TOKENS = 16
 
 #: Digits that floats are multiplied as, where they are: for so few tokens, and so many rows of all layers a token.
 #: Every block makes the digits of x, and each row takes fewer instructions then. On an H200 (docs/figures.md).
-_DIGITS, _MOST_DIGIT_TOKENS, _ROWS_A_DIGIT_TOKEN = 3, 2, 4096
+DIGITS, _MOST_DIGIT_TOKENS, _ROWS_A_DIGIT_TOKEN = 3, 2, 4096
 
 #: Elements of x in a block's shared memory from which on it pays to split K, and x with it, over more blocks. Measured
 #: on an H100.
@@ -44,6 +44,7 @@ _LONG_ROW, _MANY_ROWS = 4096, 4096
 SOURCES = (
     "numbers.cuh",
     "hopper.cuh",
+    "linear_decode_round.cuh",
     "linear_decode_x.cuh",
     "linear_decode_groups.cuh",
     "linear_decode_norm.cuh",
@@ -79,7 +80,7 @@ class DecodeTile:
     CLUSTERS: int
     """Clusters, among which the row blocks are shared out: at most as many as there are row blocks."""
     DIGITS: int
-    """Digits of int8 that floats are multiplied as (linear_decode_x.cuh): 3, or 0 for floats as they are."""
+    """Digits of int8 that floats are multiplied as (linear_decode_x.cuh): 3; 1, rounded; or 0, as they are."""
 
     def row_blocks(self, layers: tuple[LayerShape, ...]) -> int:
         """Row blocks; the last of a layer overlaps the one before it if N is no multiple of their size."""
@@ -93,7 +94,7 @@ class DecodeTile:
         columns = self.TOKENS * max(1, self.DIGITS)
         tile_columns = -(-columns // 8) * 8
         step_bytes = STEP * columns * (1 if self.DIGITS or activation == "int8" else 2)
-        if self.DIGITS:
+        if self.DIGITS == DIGITS:
             # A unit for each column of a chunk.
             step_bytes += STEP // 128 * tile_columns * 4
         # Of gated layers each has a block's share of the same row blocks.
@@ -101,9 +102,11 @@ class DecodeTile:
         blocks = self.row_blocks(layers)
         slots = max(half * _divided(blocks // half, self.CLUSTERS, self.CLUSTER) for half in halves)
         # Those of a token's digits are added up first: a value for each half of a tile's rows in every lane.
-        part_bytes = 256 * self.TILES if self.DIGITS else rows * tile_columns * 4
+        part_bytes = 256 * self.TILES if self.DIGITS == DIGITS else rows * tile_columns * 4
         parts_bytes = slots * self.CLUSTER * self.K_WARPS * part_bytes
-        return ring_bytes + -(-_steps(K) // self.CLUSTER) * step_bytes + parts_bytes
+        # TokenScales of linear_decode_round.cuh.
+        scales_bytes = (self.TOKENS + 2 * self.WARPS) * 4 if self.DIGITS == 1 else 0
+        return ring_bytes + -(-_steps(K) // self.CLUSTER) * step_bytes + scales_bytes + parts_bytes
 
     def normalises(self, K: int) -> bool:
         """Whether the kernel can normalise x: RootMeanSquare of linear_decode_norm.cuh."""
@@ -234,31 +237,52 @@ def choose_decode_tile(
     K: int,
     g: int,
     activation: Activation = "float",
+    *,
+    rounds: bool = False,
 ) -> DecodeTile | None:
     """The first of `decode_tiles`, or None for a call that linear_decode.cuh does not serve."""
-    return next(decode_tiles(M, layers, K, g, activation), None)
+    return next(decode_tiles(M, layers, K, g, activation, rounds=rounds), None)
 
 
 def decode_tiles(
-    M: int, layers: tuple[LayerShape, ...], K: int, g: int, activation: Activation = "float"
+    M: int,
+    layers: tuple[LayerShape, ...],
+    K: int,
+    g: int,
+    activation: Activation = "float",
+    *,
+    rounds: bool = False,
 ) -> Iterator[DecodeTile]:
     """The sizes of linear_decode.cuh that fit a call of a few tokens, the preferred ones first.
 
     It serves rows that are a multiple of 16 packed bytes, groups that are whole rows, 64 or a multiple of 128, and
     layers that agree in planes and mantissa.
+
+    Args:
+        M: tokens.
+        layers: of the call.
+        K: in_features.
+        g: weights a scale group.
+        activation: int8 for x in int8, with a scale for each token.
+        rounds: whether the kernel is to round floats to int8, for layers of one plane without mantissas.
     """
     first, rows = layers[0], sum(layer.N for layer in layers)
+    plain = (first.planes, first.mantissa) == (1, None)
     if (
         M > MOST_TOKENS
-        or (activation == "float" and M > 8 and K > _LONG_ROW and rows < _MANY_ROWS)
+        or (activation == "float" and not rounds and M > 8 and K > _LONG_ROW and rows < _MANY_ROWS)
         or K % 64 != 0
         or (g != 64 and g % 128 != 0 and g != K)
         or any((layer.planes, layer.mantissa) != (first.planes, first.mantissa) for layer in layers)
+        or (rounds and not plain)
     ):
         return
     tokens = next(tokens for tokens in (1, 2, 4, 8, 16) if tokens >= M)
-    plain = activation == "float" and (first.planes, first.mantissa) == (1, None)
-    enough_rows = rows >= tokens * _ROWS_A_DIGIT_TOKEN
+    digits = 0
+    if rounds:
+        digits = 1
+    elif activation == "float" and plain and tokens <= _MOST_DIGIT_TOKENS and rows >= tokens * _ROWS_A_DIGIT_TOKEN:
+        digits = DIGITS
     clusters = sorted((1, 2, 4, 8), key=lambda cluster: (tokens * K > cluster * _ELEMENTS, cluster))
     # Two steps ahead are enough.
     for stages, cluster in itertools.product((2, 1), clusters):
@@ -272,7 +296,7 @@ def decode_tiles(
                 K_WARPS=1,
                 CLUSTER=cluster,
                 CLUSTERS=1,
-                DIGITS=_DIGITS if plain and tokens <= _MOST_DIGIT_TOKENS and enough_rows else 0,
+                DIGITS=digits,
             ),
             layers,
             K,

@@ -28,9 +28,11 @@ struct RootMeanSquare {
                            [](const X* from) { return __ldg(reinterpret_cast<const uint2*>(from)); });
   }
 
-  // Writes x / sqrt(mean(x²) + eps) · weight to s_x, rounded to X once. ``sums``: TOKENS floats a warp, until the next
-  // barrier.
-  __device__ __forceinline__ void stage(const Inputs& inputs, uint8_t* s_x, float* sums, float eps) const {
+  // Writes x / sqrt(mean(x²) + eps) · weight to s_x, rounded to X once; of one digit then as ``scales`` say. ``sums``:
+  // TOKENS floats a warp, until the next barrier.
+  template <typename Scales>
+  __device__ __forceinline__ void stage(const Inputs& inputs, uint8_t* s_x, float* sums, float eps,
+                                        const Scales& scales) const {
     if constexpr (FITS) {
       uint2 values[BATCH][2] = {};
 #pragma unroll
@@ -65,8 +67,19 @@ struct RootMeanSquare {
           const float high = value_of(values[b], 2 * w + 1) * factor * value_of(weight[b], 2 * w + 1);
           words[w] = bits_of(rounded<X>(low)) | static_cast<uint32_t>(bits_of(rounded<X>(high))) << 16;
         }
-        Inputs::store_piece(s_x, i, {{words[0], words[1]}, {words[2], words[3]}});
+        values[b][0] = {words[0], words[1]};
+        values[b][1] = {words[2], words[3]};
       }
+      float factor = 0;
+      if constexpr (Inputs::ROUNDS) {
+        uint32_t largest = 0;
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) largest = max(largest, largest_magnitude(values[b]));
+        factor = scales.set(largest);
+      }
+#pragma unroll
+      for (int b = 0; b < BATCH; ++b)
+        if (const int i = threadIdx.x + b * THREADS; i < PIECES) Inputs::store_piece(s_x, i, values[b], factor);
     }
   }
 

@@ -7,7 +7,7 @@
 // Digits. The values of a token and chunk are rounded to integers of 23 bits, in units that are a power of two of the
 // largest, and an integer is three digits in base 256, from -128 to 127. bfloat16 has 8 bits: a value down to 2^-14 of
 // the largest is exact, and what is rounded off the others is at most 2^-22 of it. A chunk with a value that is not
-// finite has NaN for a unit.
+// finite has NaN for a unit. One digit is int8 with a scale for all of a token (linear_decode_round.cuh).
 #include <stdint.h>
 
 #include <type_traits>
@@ -17,19 +17,20 @@ namespace ternarize {
 constexpr int CHUNK = 128;  // weights
 constexpr int DIGIT_BITS = 8;
 
-// DIGITS: 3 for floats that are to be multiplied as int8, else 0.
+// DIGITS: 3 or 1 for floats that are to be multiplied as int8, else 0.
 template <typename X, int DIGITS, int TOKENS, int K, int GROUP>
 struct Activations {
-  static_assert(DIGITS == 0 || DIGITS == 3);
+  static_assert(DIGITS == 0 || DIGITS == 1 || DIGITS == 3);
   using Value = X;
   static constexpr int MOST_TOKENS = TOKENS, WIDTH = K;
+  static constexpr bool ROUNDS = DIGITS == 1;
   static constexpr int COLUMNS_A_TOKEN = DIGITS != 0 ? DIGITS : 1;
   static constexpr int COLUMNS = TOKENS * COLUMNS_A_TOKEN;
   static constexpr int COLUMN_TILES = (COLUMNS + 7) / 8;
   static constexpr int X_BYTES = CHUNK * COLUMNS * (DIGITS != 0 ? 1 : sizeof(X));
   // Of digits, with the units of their columns behind them.
   static constexpr int UNITS_AT = X_BYTES;
-  static constexpr int CHUNK_BYTES = X_BYTES + (DIGITS != 0 ? 8 * COLUMN_TILES * sizeof(float) : 0);
+  static constexpr int CHUNK_BYTES = X_BYTES + (DIGITS == 3 ? 8 * COLUMN_TILES * sizeof(float) : 0);
   static constexpr int SCALES = GROUP < CHUNK ? CHUNK / GROUP : 1;
   // Pieces that a thread loads before it stores the first: x comes from L2, one latency for all of them.
   static constexpr int BATCH = 4;
@@ -41,19 +42,39 @@ struct Activations {
   const X* x;  // [M, K]
   int M;
 
-  // Writes so many chunks from ``first`` to s_x. By THREADS threads.
+  // Writes so many chunks from ``first`` to s_x, of one digit times ``factor``. By THREADS threads.
   template <int THREADS>
-  __device__ __forceinline__ void stage(uint8_t* s_x, int first, int chunks) const {
+  __device__ __forceinline__ void stage(uint8_t* s_x, int first, int chunks, float factor = 0) const {
     const int pieces = chunks * PIECES;
     for (int i = threadIdx.x; i < pieces; i += BATCH * THREADS) {
       uint2 values[BATCH][2];
+      load_batch<THREADS>(values, i, first, pieces);
 #pragma unroll
       for (int b = 0; b < BATCH; ++b)
-        if (i + b * THREADS < pieces) load_piece(values[b], i + b * THREADS, first);
-#pragma unroll
-      for (int b = 0; b < BATCH; ++b)
-        if (i + b * THREADS < pieces) store_piece(s_x, i + b * THREADS, values[b]);
+        if (i + b * THREADS < pieces) store_piece(s_x, i + b * THREADS, values[b], factor);
     }
+  }
+
+  // The largest magnitude, as bits, of those of this thread's token that it would stage. By THREADS threads.
+  template <int THREADS>
+  __device__ __forceinline__ uint32_t largest_of(int chunks) const {
+    const int pieces = chunks * PIECES;
+    uint32_t largest = 0;
+    for (int i = threadIdx.x; i < pieces; i += BATCH * THREADS) {
+      uint2 values[BATCH][2] = {};
+      load_batch<THREADS>(values, i, 0, pieces);
+#pragma unroll
+      for (int b = 0; b < BATCH; ++b) largest = max(largest, largest_magnitude(values[b]));
+    }
+    return largest;
+  }
+
+  // Of ``pieces`` those with the numbers i, i + THREADS, ...
+  template <int THREADS>
+  __device__ __forceinline__ void load_batch(uint2 (&values)[BATCH][2], int i, int first, int pieces) const {
+#pragma unroll
+    for (int b = 0; b < BATCH; ++b)
+      if (i + b * THREADS < pieces) load_piece(values[b], i + b * THREADS, first);
   }
 
   static __device__ __forceinline__ int token_of(int i) { return IN_ORDER ? i / 16 % TOKENS : i / 4 % TOKENS; }
@@ -81,9 +102,12 @@ struct Activations {
     }
   }
 
-  static __device__ __forceinline__ void store_piece(uint8_t* s_x, int i, const uint2 (&v)[2]) {
+  static __device__ __forceinline__ void store_piece(uint8_t* s_x, int i, const uint2 (&v)[2], float factor = 0) {
     const int eight = i % 4, plane = i / 4 % 4, m = i / 16 % TOKENS, chunk = i / 16 / TOKENS;
-    if constexpr (DIGITS != 0) {
+    if constexpr (ROUNDS) {
+      store_int8(s_x + chunk * CHUNK_BYTES, m, plane, eight,
+                 {rounded_to_int8<X>(v[0], factor), rounded_to_int8<X>(v[1], factor)});
+    } else if constexpr (DIGITS == 3) {
       store_digits(s_x + chunk * CHUNK_BYTES, m, plane, eight, v);
     } else if constexpr (std::is_same_v<X, int8_t>) {
       store_int8(s_x + chunk * CHUNK_BYTES, m, plane, eight, v[0]);
@@ -112,14 +136,7 @@ struct Activations {
   static __device__ __forceinline__ void store_digits(uint8_t* chunk, int m, int plane, int eight,
                                                       const uint2 (&v)[2]) {
     const uint32_t words[] = {v[0].x, v[0].y, v[1].x, v[1].y};
-    // Without their signs, 16-bit floats are ordered as their bits are.
-    uint32_t largest = 0;
-#pragma unroll
-    for (uint32_t two : words) largest = __vmaxs2(largest, two & 0x7FFF7FFF);
-    largest = max(largest >> 16, largest & 0xFFFF);
-#pragma unroll
-    for (int lanes = 1; lanes < 16; lanes *= 2)
-      largest = max(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, lanes));
+    const uint32_t largest = largest_of_16_lanes(largest_magnitude(v));
     // All are below 2^(exponent - 126): times 2^(148 - exponent), which may take two factors, they are below 2^22.
     const int exponent = float_bits<X>(largest) >> 23, lifted = exponent < 64 ? 64 : 0;
     const float factor = exp2_int(148 - exponent - lifted);

@@ -25,6 +25,7 @@ def program_for(
     *,
     guarded: bool,
     gpu: str | None,
+    rounds: bool = False,
 ) -> build.Program:
     """The program that a call runs, for all its layers.
 
@@ -37,7 +38,10 @@ def program_for(
         dtype: of the results.
         guarded: whether outputs that are not finite are reported.
         gpu: as `torch.cuda.get_device_name` names it, whose measured tiles are used; None for any Hopper card.
+        rounds: whether a call of linear_int8 rounds x itself, see `ternarize.backends.tilelang.linear.rounds`.
     """
+    if rounds:
+        return linear.program_for(M, layers, K, group_size, dtype, guarded=guarded, gpu=gpu, fused=("rounds",))
     return _PROGRAM_FOR[stem](M, layers, K, group_size, dtype, guarded=guarded, gpu=gpu)
 
 
@@ -50,6 +54,7 @@ def prepare(
     group_size: int,
     *,
     guarded: bool,
+    rounds: bool,
 ) -> None:
     """Begin to build the kernel of a call that is being compiled, side by side with whatever else is.
 
@@ -63,6 +68,7 @@ def prepare(
         bias: likewise.
         group_size: of all layers.
         guarded: whether the kernels will report outputs that are not finite.
+        rounds: whether the call rounds x itself, as for `program_for`.
     """
     rows = math.prod(x.shape[:-1])
     tokens = [rows] if isinstance(rows, int) else [rows.node.hint, 1] if rows.node.has_hint() else [1]
@@ -70,7 +76,7 @@ def prepare(
     for M in tokens:
         if M > 0:
             gpu = host.gpu_name(x.device)
-            build.start(program_for(stem, M, layers, K, group_size, x.dtype, guarded=guarded, gpu=gpu))
+            build.start(program_for(stem, M, layers, K, group_size, x.dtype, guarded=guarded, gpu=gpu, rounds=rounds))
 
 
 def prepare_update(dtype: torch.dtype) -> None:

@@ -161,21 +161,23 @@ def baselines(weight: Tensor) -> list[Contender]:
 def _kernel(
     name: str, activation: Activation, layer: TernaryLinear, weight: Tensor, copies: list[tuple[Tensor, ...]]
 ) -> Contender:
-    # The op, as a compiled graph calls it: in a CUDA graph nothing is left of its dispatch.
+    # The ops, as a compiled graph calls them: in a CUDA graph nothing is left of their dispatch.
     stem = ops.LINEAR_STEM[activation]
-    op = ops.lowered(stem, name)
 
     def arguments(x: Tensor, T_packed: Tensor, E: Tensor) -> tuple[object, ...]:
         return (x, [T_packed], [E], [None], [None], [None], layer.group_size)
 
-    def multiply(x: Tensor, T_packed: Tensor, E: Tensor) -> Tensor:
-        outputs: list[Tensor] = op(*ops.with_status(stem, name, arguments(x, T_packed, E)))
+    def multiply(x: Tensor, T_packed: Tensor, E: Tensor, **besides: bool) -> Tensor:
+        op = ops.lowered("linear", name)
+        outputs: list[Tensor] = op(*ops.with_status("linear", name, arguments(x, T_packed, E)), **besides)
         return outputs[0]
 
     def round_and_multiply(x: Tensor, T_packed: Tensor, E: Tensor) -> Tensor:
+        if name == "tilelang" and _rounds(x, T_packed, layer.group_size):
+            return multiply(x, T_packed, E, rounds=True)
         q, scale = _quantize(x)
         given = (q, scale, *arguments(x, T_packed, E)[1:], x.dtype)
-        outputs: list[Tensor] = op(*ops.with_status(stem, name, given))
+        outputs: list[Tensor] = ops.lowered("linear_int8", name)(*ops.with_status("linear_int8", name, given))
         return outputs[0]
 
     def refusal(x: Tensor) -> str | None:
@@ -187,6 +189,14 @@ def _kernel(
     return dataclasses.replace(
         plain, name=f"{name} int8", rate="int8", multiply=round_and_multiply, rounded=_rounded_to_int8
     )
+
+
+def _rounds(x: Tensor, T_packed: Tensor, group_size: int) -> bool:
+    """Whether TileLang rounds x in its kernel."""
+    # TileLang takes a second to import, and is for Linux.
+    from ternarize.backends.tilelang.linear import rounds
+
+    return rounds(x, [T_packed], [None], group_size)
 
 
 _compiled_quantize = torch.compile(quantize_activation, dynamic=False)

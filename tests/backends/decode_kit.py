@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ternarize.activation import dequantize_activation, quantize_activation
 from tests.backends.hopper_kit import ROUNDING_ERROR, Case, Operands, layer_shape
 
 # The cases are made of its shapes of layers.
@@ -27,6 +28,12 @@ class DecodeCase(Case):
         least = dict.fromkeys((field.name for field in dataclasses.fields(DecodeTile)), 1)
         tokens = next(tokens for tokens in (1, 2, 4, 8, 16) if tokens >= self.M)
         return DecodeTile(**{**least, "TOKENS": tokens, "STAGES": 2, "WARPS": 2, "DIGITS": 0, **self.tile})
+
+    def multiplied(self, x: Tensor) -> Tensor:
+        """What x, in float64, is multiplied as."""
+        if self.tile.get("DIGITS") != 1:
+            return x
+        return dequantize_activation(*quantize_activation(x), torch.float64)
 
 
 #: Added to mean squares.
@@ -49,6 +56,18 @@ CASES = {
         M=1, layers=(layer_shape(19),), K=960, g=256, tile={"STAGES": 3, "DIGITS": 3}
     ),
     "digits, a group a row": DecodeCase(M=2, layers=(layer_shape(19),), K=192, g=192, tile={"DIGITS": 3}),
+    "rounded": DecodeCase(M=1, layers=(layer_shape(19),), K=1088, g=128, tile={"K_WARPS": 2, "DIGITS": 1}),
+    "rounded, three layers": DecodeCase(
+        M=3,
+        layers=(layer_shape(33, bias=True), layer_shape(5), layer_shape(17, bias=True)),
+        K=2432,
+        g=128,
+        tile={"CLUSTERS": 3, "CLUSTER": 2, "WARPS": 4, "K_WARPS": 2, "DIGITS": 1},
+    ),
+    "rounded, 16 tokens": DecodeCase(
+        M=13, layers=(layer_shape(19),), K=1216, g=64, dtype="float16", tile={"WARPS": 8, "DIGITS": 1}
+    ),
+    "rounded, a group a row": DecodeCase(M=2, layers=(layer_shape(19),), K=192, g=192, tile={"DIGITS": 1}),
     "K split over warps and blocks": DecodeCase(
         M=16, layers=(layer_shape(70, bias=True),), K=2048, g=128, tile={"TILES": 2, "CLUSTER": 2, "K_WARPS": 2}
     ),
@@ -83,6 +102,17 @@ CASES = {
         g=64,
         dtype="float16",
         tile={"CLUSTERS": 2, "WARPS": 4, "K_WARPS": 2, "DIGITS": 3},
+        fused=("norm", "gated"),
+    ),
+    "normalised and rounded": DecodeCase(
+        M=2, layers=(layer_shape(19), layer_shape(40)), K=960, g=128, tile={"WARPS": 8, "DIGITS": 1}, fused=("norm",)
+    ),
+    "rounded and gated": DecodeCase(
+        M=1,
+        layers=(layer_shape(33), layer_shape(33, bias=True)),
+        K=1024,
+        g=128,
+        tile={"CLUSTERS": 2, "WARPS": 4, "DIGITS": 1},
         fused=("norm", "gated"),
     ),
     "two tokens and parts of a step, normalised": DecodeCase(
@@ -158,6 +188,7 @@ class Besides:
         if "norm" in case.fused:
             x = x * (x.square().mean(1, keepdim=True) + EPS).rsqrt() * self.norm_weight.double()
             x = x.to(getattr(torch, case.dtype)).double()
+        x = case.multiplied(x)
         y, *up = (layer.expected(x, case) for layer in layers)
         if "gated" in case.fused:
             y = torch.nn.functional.silu(y) * up[0]

@@ -84,6 +84,22 @@ def test_a_residual_and_a_norm_are_passed_as_they_are(called: list[Called]) -> N
     assert y.shape == (1, 2, 64)
 
 
+def test_what_a_call_rounds_itself_is_passed_as_it_is_to_a_program_of_its_own(called: list[Called]) -> None:
+    x, norm_weight = random_x(), torch.rand(K).bfloat16()
+    run(x, layers_of(64), rounds=True, norm_weight=norm_weight)
+    (call,) = called
+    assert isinstance(call.program.tile, DecodeTile)
+    assert (call.program.activation, call.program.tile.DIGITS) == ("float", 1)
+    assert call.arguments[0] is x or torch.equal(call.arguments[0], x)
+    assert call.arguments[-1] == 1
+
+
+def test_two_planes_are_not_rounded_in_a_call(called: list[Called]) -> None:
+    with pytest.raises(ShapeError, match="can do nothing besides"):
+        run(random_x(), [random_weights(64, K, 128, planes=2)], rounds=True)
+    assert called == []
+
+
 def test_two_layers_that_are_gated_write_one_result(called: list[Called]) -> None:
     results = run(random_x(), layers_of(64, 64), gated=True)
     (call,) = called

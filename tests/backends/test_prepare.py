@@ -76,6 +76,15 @@ def test_kernels_for_int8_activations_are_begun_too(started: list[Program]) -> N
     assert {(program.activation, program.dtype, program.guarded) for program in started} == {("int8", "bfloat16", True)}
 
 
+def test_a_few_tokens_begin_kernels_that_round_them(started: list[Program]) -> None:
+    with torch.no_grad():
+        compiled(activation="int8", dynamic=False)(torch.randn(2, 128, dtype=torch.bfloat16))
+    assert [outputs(program) for program in started] == [[64, 32], [128]]
+    tiles = [program.tile for program in started if isinstance(program.tile, DecodeTile)]
+    assert [(program.activation, program.guarded) for program in started] == [("float", True)] * 2
+    assert [tile.DIGITS for tile in tiles] == [1, 1]
+
+
 def test_a_dynamic_number_of_tokens_begins_decoding_of_one_too(started: list[Program]) -> None:
     with torch.no_grad():
         compiled(dynamic=True)(torch.randn(40, 128, dtype=torch.bfloat16))

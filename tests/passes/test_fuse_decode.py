@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from ternarize.activation import dequantize_activation, quantize_activation
+from ternarize.backends import select
 from ternarize.backends.tilelang import linear as tilelang_linear
 from ternarize.backends.tilelang.linear import Fusible, fusible
 from ternarize.backends.torch.update import NONFINITE_OUTPUT
@@ -38,12 +41,14 @@ class StandIn:
 
     def __init__(self) -> None:
         self.broken: list[TernaryLinear] = []
+        self.rounded = 0
 
     def __call__(
         self,
         x: Tensor,
         T_packed: Sequence[Tensor],
         *rest: Any,
+        rounds: bool = False,
         norm_weight: Tensor | None = None,
         norm_eps: float = 0.0,
         residual: Tensor | None = None,
@@ -54,6 +59,9 @@ class StandIn:
             h = x.float()
             h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + norm_eps)
             x = (h * norm_weight).to(x.dtype)
+        if rounds:
+            self.rounded += 1
+            x = dequantize_activation(*quantize_activation(x), x.dtype)
         outputs: list[Tensor] = torch.ops.ternarize.linear_torch(x, T_packed, *weights, group_size)
         for packed, y in zip(T_packed, outputs, strict=True):
             if any(packed.data_ptr() == layer.T_packed.data_ptr() for layer in self.broken):
@@ -156,6 +164,55 @@ def test_numbers_equal_eager(
         # Eager rounds what it has normalised before the product with the weight, too.
         torch.testing.assert_close(compile_fresh(model)(x), model(x), rtol=2e-2, atol=2e-2)
     assert fused == [Counter(norm=1, gated=1, residual=1)]
+
+
+@pytest.fixture
+def int8_layers(tilelang_chosen: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers with int8 activations get TileLang too."""
+    original = select.choose
+
+    def choose(stem: str, *rest: Any, **options: Any) -> Any:
+        return original("linear" if stem == "linear_int8" else stem, *rest, **options)
+
+    monkeypatch.setattr("ternarize.passes.lower_ternary.choose", choose)
+
+
+def test_a_few_tokens_are_rounded_in_the_call_which_fuses_what_others_do(
+    make_layer: MakeLayer, compile_fresh: Compile, stand_in: StandIn, int8_layers: None, fused: Fused
+) -> None:
+    int8 = functools.partial(make_layer, activation="int8")
+    model = Mlp(int8, norm_of(LlamaRMSNorm, torch.bfloat16), up_first=False, silu_first=True)
+    x = torch.randn(ROWS, 1, K, dtype=torch.bfloat16)
+    with torch.no_grad():
+        torch.testing.assert_close(compile_fresh(model)(x), model(x), rtol=2e-2, atol=5e-2)
+    assert fused == [Counter(norm=1, gated=1, residual=1)]
+    assert stand_in.rounded == 2
+
+
+def test_what_a_call_does_not_round_is_rounded_before_it(
+    make_layer: MakeLayer,
+    compile_fresh: Compile,
+    stand_in: StandIn,
+    int8_layers: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tilelang_linear, "_MOST_ROUNDED", 2 * K - 1)
+    layer = make_layer(K, N, group_size=64, activation="int8")
+    rounded_before = []
+
+    def linear_int8(q: Tensor, scale: Tensor, *rest: Any) -> list[Tensor]:
+        rounded_before.append(len(q))
+        T_packed, E, mantissa, bias, exponent, _, group_size, dtype = rest
+        args = (q, scale, T_packed, E, mantissa, bias, exponent, group_size, dtype)
+        outputs: list[Tensor] = torch.ops.ternarize.linear_int8_torch(*args)
+        return outputs
+
+    monkeypatch.setattr("ternarize.backends.tilelang.linear_int8.linear_int8", linear_int8)
+    with torch.no_grad():
+        for rows in (1, 2):
+            x = torch.randn(rows, K, dtype=torch.bfloat16)
+            torch.testing.assert_close(compile_fresh(layer)(x), layer(x), rtol=2e-2, atol=2e-2)
+    assert (stand_in.rounded, rounded_before) == (1, [2])
 
 
 def test_a_decoding_llama_is_right_and_all_of_it_is_fused(

@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 import operator
 from collections import Counter
@@ -16,7 +15,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from ternarize.activation import dequantize_activation, quantize_activation
 from ternarize.backends import select
 from ternarize.backends.tilelang import linear as tilelang_linear
-from ternarize.backends.tilelang.linear import Fusible, fusible
 from ternarize.backends.torch.update import NONFINITE_OUTPUT
 from ternarize.bench.step import Contender, Task
 from ternarize.config import TernaryConfig
@@ -400,33 +398,3 @@ def test_graphs_of_training_stay_as_they_are(
     compile_fresh(model)(torch.randn(ROWS, K, dtype=torch.bfloat16)).sum().backward()
     assert len(lowered_graphs) == 2
     assert fused == []
-
-
-NOTHING, ALL = (Fusible(norm=does, gate=does, residual=does) for does in (False, True))
-NO_RESIDUAL, NO_NORM = dataclasses.replace(ALL, residual=False), dataclasses.replace(ALL, norm=False)
-NEITHER = dataclasses.replace(NO_NORM, residual=False)
-
-
-@pytest.mark.parametrize(
-    ("shape", "features", "group_size", "dtype", "expected"),
-    [
-        ((1, 2, K), (N,), 64, torch.bfloat16, NO_RESIDUAL),
-        ((3, K), (N,), 64, torch.bfloat16, NEITHER),
-        ((2, 8, K), (N, N), -1, torch.float16, NO_NORM),
-        ((17, K), (N,), 64, torch.bfloat16, NOTHING),
-        ((0, K), (N,), 64, torch.bfloat16, NOTHING),
-        ((1, K), (N,), 64, torch.float32, NOTHING),
-        ((1, K), (N,), 32, torch.bfloat16, NOTHING),
-        ((1, 2**14), (N,), 128, torch.bfloat16, NO_RESIDUAL),
-        ((2, 2**14), (N,), 128, torch.bfloat16, NEITHER),
-        ((4, K), (N,), 64, torch.bfloat16, NEITHER),
-        ((5, K), (N,), 64, torch.bfloat16, NO_NORM),
-    ],
-    ids=str,
-)
-def test_which_calls_can_do_more(
-    shape: tuple[int, ...], features: tuple[int, ...], group_size: int, dtype: torch.dtype, expected: Fusible
-) -> None:
-    T_packed = [torch.empty(n, shape[-1] // 4, dtype=torch.uint8, device="meta") for n in features]
-    x = torch.empty(shape, dtype=dtype, device="meta")
-    assert fusible(x, T_packed, [None] * len(features), group_size) == expected

@@ -129,8 +129,8 @@ def _start_kernels(graph_module: fx.GraphModule, is_tilelang: Callable[[fx.Node]
 
             stem, values = lowered_values(node)
             x, T_packed, _, E_mantissa, bias, _, group_size = values
-            does = {"guarded": bool(guarded_by(node)), "rounds": rounds_itself(node)}
-            prepare(stem, x, T_packed, E_mantissa, bias, group_size, **does)
+            guarded, rounds = bool(guarded_by(node)), rounds_itself(node)
+            prepare(stem, x, T_packed, E_mantissa, bias, group_size, guarded=guarded, rounds=rounds)
             if calls(node, torch.ops.ternarize.linear_train):
                 prepare_update(x.dtype)
 

@@ -30,8 +30,8 @@ All in float32, rounded once: to x's dtype what is multiplied, and what is retur
 
 With activation "int8", ``linear`` and ``linear_train`` are lowered to the quantiser (`ternarize.activation`), as
 ordinary ops that Inductor fuses into what comes before, and ``linear_int8``; a few tokens on TileLang to one call that
-``rounds``. The rounding is passed straight through in
-backward, as in BitNet: grad_x is that of ``linear``, and the update takes x as it was multiplied, rounded.
+``rounds``. The rounding is passed straight through in backward, as in BitNet: grad_x is that of ``linear``, and the
+update takes x as it was multiplied, rounded.
 
 Arguments, by name, with the letters of `ternarize.packing`:
 

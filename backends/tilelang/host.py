@@ -23,7 +23,7 @@ class Fused:
     residual: Tensor | None = None
     gated: bool = False
 
-    @property
+    @functools.cached_property
     def asked(self) -> tuple[str, ...]:
         """What it does: rounds, for which there are programs of their own, and the names of `FUSED`."""
         does = {

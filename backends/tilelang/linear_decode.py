@@ -31,7 +31,7 @@ MOST_TOKENS = 16
 
 #: Digits that floats are multiplied as, where they are: for so few tokens, and so many rows of all layers a token.
 #: Every block makes the digits of x, and each row takes fewer instructions then. On an H200 (docs/figures.md).
-DIGITS, _MOST_DIGIT_TOKENS, _ROWS_A_DIGIT_TOKEN = 3, 2, 4096
+_DIGITS, _MOST_DIGIT_TOKENS, _ROWS_A_DIGIT_TOKEN = 3, 2, 4096
 
 #: Elements of x in a block's shared memory from which on it pays to split K, and x with it, over more blocks. Measured
 #: on an H100.
@@ -94,7 +94,7 @@ class DecodeTile:
         columns = self.TOKENS * max(1, self.DIGITS)
         tile_columns = -(-columns // 8) * 8
         step_bytes = STEP * columns * (1 if self.DIGITS or activation == "int8" else 2)
-        if self.DIGITS == DIGITS:
+        if self.DIGITS == _DIGITS:
             # A unit for each column of a chunk.
             step_bytes += STEP // 128 * tile_columns * 4
         # Of gated layers each has a block's share of the same row blocks.
@@ -102,7 +102,7 @@ class DecodeTile:
         blocks = self.row_blocks(layers)
         slots = max(half * _divided(blocks // half, self.CLUSTERS, self.CLUSTER) for half in halves)
         # Those of a token's digits are added up first: a value for each half of a tile's rows in every lane.
-        part_bytes = 256 * self.TILES if self.DIGITS == DIGITS else rows * tile_columns * 4
+        part_bytes = 256 * self.TILES if self.DIGITS == _DIGITS else rows * tile_columns * 4
         parts_bytes = slots * self.CLUSTER * self.K_WARPS * part_bytes
         # TokenScales of linear_decode_round.cuh.
         scales_bytes = (self.TOKENS + 2 * self.WARPS) * 4 if self.DIGITS == 1 else 0
@@ -282,7 +282,7 @@ def decode_tiles(
     if rounds:
         digits = 1
     elif activation == "float" and plain and tokens <= _MOST_DIGIT_TOKENS and rows >= tokens * _ROWS_A_DIGIT_TOKEN:
-        digits = DIGITS
+        digits = _DIGITS
     clusters = sorted((1, 2, 4, 8), key=lambda cluster: (tokens * K > cluster * _ELEMENTS, cluster))
     # Two steps ahead are enough.
     for stages, cluster in itertools.product((2, 1), clusters):

@@ -40,11 +40,11 @@ def choose_tile(
     """Which of the two programs a call runs, and its sizes.
 
     What was measured comes first (`ternarize.backends.tilelang.tuned`), for ``gpu`` as `torch.cuda.get_device_name`
-    names it, or for any Hopper card if None; programs of int8 activations are not tuned. Else what `choose_decode_tile`
-    takes goes to linear_decode.cuh, and all that is left to wgmma.
+    names it, or for any Hopper card if None. Else what `choose_decode_tile` takes goes to linear_decode.cuh, and all
+    that is left to wgmma.
     """
-    tuned = tuned_tile(gpu, M, layers, K, g, dtype) if activation == "float" else None
-    return tuned or heuristic_tile(M, layers, K, g, dtype, activation)
+    call = (M, layers, K, g, dtype, activation)
+    return tuned_tile(gpu, *call) or heuristic_tile(*call)
 
 
 def heuristic_tile(

@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 
 from ternarize import ops
+from ternarize.activation import dequantize_activation, quantize_activation
 from ternarize.backends.tilelang.build import Kernel, Program, start
 from ternarize.backends.tilelang.host import NOTHING
 from ternarize.backends.tilelang.layers import Dtype, LayerShape
 from ternarize.backends.tilelang.linear import heuristic_tile
 from ternarize.backends.tilelang.linear_decode import decode_tiles
-from ternarize.backends.tilelang.linear_wgmma import estimated_microseconds, wgmma_tiles
+from ternarize.backends.tilelang.linear_wgmma import Tile, estimated_microseconds, wgmma_tiles
 from ternarize.backends.tilelang.tuned import AnyTile, Key, bucket
 from ternarize.bench.contenders import EXPONENTS, TOLERANCE
 from ternarize.bench.linear import sample_rows
 from ternarize.bench.timing import Pass, copies_needed, record, time_in_turns
 from ternarize.checkpoint.format import PackedLayer
+from ternarize.config import Activation
 from ternarize.layer import TernaryLinear
 from ternarize.packing import largest_level
 
@@ -50,11 +52,17 @@ class Tuned:
         return self.heuristic_seconds is None or self.seconds < (1 - LEAST_GAIN) * self.heuristic_seconds
 
 
-def candidates(M: int, layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype) -> list[AnyTile]:
+def candidates(
+    M: int, layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, activation: Activation = "float"
+) -> list[AnyTile]:
     """Tiles for M tokens, the heuristic's first: all that fit of the decode kernel, the most promising of the other."""
-    wgmma = sorted(wgmma_tiles(layers, dtype), key=lambda tile: estimated_microseconds(tile, M, layers, K, g))
-    tiles = (heuristic_tile(M, layers, K, g, dtype), *decode_tiles(M, layers, K, g), *wgmma[:MOST_WGMMA_TILES])
-    return list(dict.fromkeys(tiles))
+
+    def estimate(tile: Tile) -> float:
+        return estimated_microseconds(tile, M, layers, K, g, activation)
+
+    wgmma = sorted(wgmma_tiles(layers, dtype, activation), key=estimate)[:MOST_WGMMA_TILES]
+    decode = decode_tiles(M, layers, K, g, activation)
+    return list(dict.fromkeys((heuristic_tile(M, layers, K, g, dtype, activation), *decode, *wgmma)))
 
 
 def tuning_programs(program: Program, tokens: Iterable[int]) -> dict[int, list[Program]]:
@@ -64,7 +72,7 @@ def tuning_programs(program: Program, tokens: Iterable[int]) -> dict[int, list[P
         program: of the call, with any tile.
         tokens: numbers of tokens that the call will have.
     """
-    call = (program.layers, program.K, program.g, program.dtype)
+    call = (program.layers, program.K, program.g, program.dtype, program.activation)
     return {
         M: [dataclasses.replace(program, tile=tile) for tile in candidates(M, *call)]
         for M in sorted({bucket(M) for M in tokens})
@@ -91,16 +99,18 @@ def tune_call(
     for M, of_call in programs.items():
         dtype = torch.bfloat16 if of_call[0].dtype == "bfloat16" else torch.float16
         x = torch.randn(M, of_call[0].K, dtype=dtype, device=device, generator=generator)
+        inputs, exact_x = [x], x.double()
+        if of_call[0].activation == "int8":
+            q, scale = quantize_activation(x)
+            inputs, exact_x = [q, scale.view(-1)], dequantize_activation(q, scale, torch.float64)
         rows = sample_rows(M, device)
-        reference: list[Tensor] = ops.lowered("linear", "torch")(
-            x[rows].double(), *_columns(layers), layers[0].group_size
-        )
+        reference: list[Tensor] = ops.lowered("linear", "torch")(exact_x[rows], *_columns(layers), layers[0].group_size)
         passes: dict[Program, Pass] = {}
         for program in of_call:
             # Whatever a tile's compilation or launch raises takes it out of the race.
             with contextlib.suppress(Exception):
                 kernel = start(program).result()
-                calls = [functools.partial(_run, program, kernel, x, each) for each in weights]
+                calls = [functools.partial(_run, program, kernel, inputs, dtype, each) for each in weights]
                 if _right(calls[0](), reference, M, rows):
                     passes[program] = record(calls, device)
         timings = time_in_turns(list(passes.values()), SECONDS)
@@ -112,18 +122,20 @@ def tune_call(
         }
         if seconds:
             best = min(seconds, key=lambda program: seconds[program])
-            key = Key(layers=best.layers, K=best.K, g=best.g, dtype=best.dtype, tokens=M)
+            key = Key(layers=best.layers, K=best.K, g=best.g, dtype=best.dtype, activation=best.activation, tokens=M)
             yield Tuned(key=key, tile=best.tile, seconds=seconds[best], heuristic_seconds=seconds.get(of_call[0]))
 
 
-def _run(program: Program, kernel: Kernel, x: Tensor, layers: Sequence[TernaryLinear]) -> Tensor:
-    """Call a kernel; the outputs of all layers lie in the result, see `_outputs`."""
-    arguments = [x]
+def _run(
+    program: Program, kernel: Kernel, inputs: Sequence[Tensor], dtype: torch.dtype, layers: Sequence[TernaryLinear]
+) -> Tensor:
+    """Call a kernel with x, or q and its scale; the outputs of all layers lie in the result, see `_outputs`."""
+    x, *_ = arguments = list(inputs)
     for layer, *given in zip(layers, *_columns(layers), strict=True):
         arguments += [tensor for tensor in given if tensor is not None]
         if program.guarded:
             arguments.append(layer.status)
-    y = x.new_empty(sum(_padded(len(x) * layer.out_features) for layer in layers))
+    y = x.new_empty(sum(_padded(len(x) * layer.out_features) for layer in layers), dtype=dtype)
     outputs = _outputs(y, len(x), [layer.out_features for layer in layers])
     kernel(*arguments, *outputs, *NOTHING.arguments(program, x, outputs))
     return y

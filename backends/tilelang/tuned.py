@@ -21,7 +21,7 @@ from ternarize.backends.tilelang.layers import Dtype, LayerShape
 from ternarize.backends.tilelang.linear_decode import DecodeTile
 from ternarize.backends.tilelang.linear_wgmma import Tile
 from ternarize.checkpoint.write import new_file
-from ternarize.config import cache_dir
+from ternarize.config import Activation, cache_dir
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ class Key:
     g: int
     """Weights a scale group; K for whole rows."""
     dtype: Dtype
+    activation: Activation
     tokens: int
     """The largest of the entry's token counts, a power of two: it holds for more than half of it, see `bucket`."""
 
@@ -69,7 +70,9 @@ def table_file(gpu: str) -> Path:
     return cache_dir() / f"tuned-{re.sub(r'[^A-Za-z0-9]+', '_', gpu)}-{kernels_version()}.json"
 
 
-def tuned_tile(gpu: str | None, M: int, layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype) -> AnyTile | None:
+def tuned_tile(
+    gpu: str | None, M: int, layers: tuple[LayerShape, ...], K: int, g: int, dtype: Dtype, activation: Activation
+) -> AnyTile | None:
     """The measured tile of a call, or None where the heuristics are to choose.
 
     Args:
@@ -78,9 +81,10 @@ def tuned_tile(gpu: str | None, M: int, layers: tuple[LayerShape, ...], K: int, 
         layers: of the call.
         K: in_features.
         g: weights a scale group.
-        dtype: of x.
+        dtype: of y, and of x unless that is int8.
+        activation: int8 for x in int8.
     """
-    return table(gpu).get(Key(layers=layers, K=K, g=g, dtype=dtype, tokens=bucket(M)))
+    return table(gpu).get(Key(layers=layers, K=K, g=g, dtype=dtype, activation=activation, tokens=bucket(M)))
 
 
 @functools.cache
@@ -118,7 +122,7 @@ def _to_json(key: Key, tile: AnyTile) -> dict[str, Any]:
 
 def _from_json(entry: dict[str, Any]) -> tuple[Key, AnyTile]:
     layers = tuple(LayerShape(**layer) for layer in entry["layers"])
-    key = Key(layers=layers, **{name: entry[name] for name in ("K", "g", "dtype", "tokens")})
+    key = Key(layers=layers, **{name: entry[name] for name in ("K", "g", "dtype", "activation", "tokens")})
     sizes = entry["tile"]
     if not all(type(size) is int and size >= 0 for size in sizes.values()):
         raise ValueError("a size is no natural number")

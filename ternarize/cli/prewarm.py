@@ -121,8 +121,8 @@ def _tune(planned: list[PlannedCall], arguments: argparse.Namespace, gpu: str, o
     from ternarize.backends.tilelang.tune import tune_call, tuning_programs
     from ternarize.backends.tilelang.tuned import save
 
-    # Calls with int8 activations keep the heuristics' tiles.
-    tunable = [each for each in planned if each.programs and each.call[0].config.activation == "float"]
+    # Calls that round x themselves have programs of their own after these, and keep the heuristic's tiles.
+    tunable = [each for each in planned if each.programs]
     programs = {each.call: tuning_programs(next(iter(each.programs)), arguments.tokens) for each in tunable}
     _build(
         (program for of_call in programs.values() for of_tokens in of_call.values() for program in of_tokens),

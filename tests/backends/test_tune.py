@@ -1,5 +1,6 @@
 """What tuning does with times and errors, with stand-ins for kernels: the kernels themselves run on a GPU."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -10,13 +11,14 @@ from torch import Tensor
 
 pytest.importorskip("tilelang", reason="TileLang is for Linux")
 
+from ternarize.activation import dequantize_activation
 from ternarize.backends.tilelang import tune
 from ternarize.backends.tilelang.build import Program
 from ternarize.backends.tilelang.layers import LayerShape
 from ternarize.backends.tilelang.linear import heuristic_tile
 from ternarize.backends.torch import linear as reference
 from ternarize.checkpoint.format import PackedLayer
-from ternarize.config import TernaryConfig
+from ternarize.config import Activation, TernaryConfig
 
 Kernel = Callable[..., None]
 
@@ -60,9 +62,9 @@ def broken(*_: Tensor) -> None:
     raise RuntimeError("too much shared memory")
 
 
-def tuned(kernels: list[Kernel], monkeypatch: pytest.MonkeyPatch) -> list[tune.Tuned]:
+def tuned(kernels: list[Kernel], monkeypatch: pytest.MonkeyPatch, activation: Activation = "float") -> list[tune.Tuned]:
     """Tune for 33 to 64 tokens, with a kernel for each candidate."""
-    (programs,) = tune.tuning_programs(PROGRAM, [40, 50]).values()
+    (programs,) = tune.tuning_programs(dataclasses.replace(PROGRAM, activation=activation), [40, 50]).values()
     stand_ins = dict(zip(programs, kernels, strict=False))
 
     def start(program: Program) -> Future[Kernel]:
@@ -83,6 +85,20 @@ def test_the_fastest_right_tile_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.gains
     assert result.heuristic_seconds is not None
     assert result.seconds < result.heuristic_seconds
+
+
+def test_int8_activations_are_tuned_with_q_and_its_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rounded(q: Tensor, scale: Tensor, *rest: Tensor) -> None:
+        assert (q.dtype, scale.shape) == (torch.int8, (64,))
+        right(dequantize_activation(q, scale[:, None], torch.float64), *rest)
+
+    def unscaled(q: Tensor, scale: Tensor, *rest: Tensor) -> None:
+        right(q.double(), *rest)
+
+    (result,) = tuned([unscaled, rounded], monkeypatch, "int8")
+    assert result.key.activation == "int8"
+    assert result.tile == tune.candidates(64, SHAPES, 256, 128, "bfloat16", "int8")[1]
+    assert result.heuristic_seconds is None
 
 
 def test_the_heuristic_is_kept_unless_something_is_clearly_faster(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,14 +48,18 @@ struct TokenScales {
     largest = largest_of_16_lanes(largest);
     if (threadIdx.x % 16 == 0) of_half_warps[half_warp] = largest;
     __syncthreads();
+    // Shared out to the lanes, since a broadcast takes as long as a load of them all.
 #pragma unroll
-    for (int i = 0; i < HALF_WARPS; i += TOKENS) largest = max(largest, of_half_warps[i + token]);
+    for (int i = 0; i < HALF_WARPS; i += 16 * TOKENS)
+      if (const int other = i + threadIdx.x % 16 * TOKENS; other < HALF_WARPS)
+        largest = max(largest, of_half_warps[other + token]);
+    largest = largest_of_16_lanes(largest);
     float magnitude = __int_as_float(float_bits<X>(largest));
     // _LEAST_MAGNITUDE of ternarize/activation.py; NaN is no less.
     if (magnitude < 1e-5f) magnitude = 1e-5f;
     if (half_warp < TOKENS && threadIdx.x % 16 == 0) scales[token] = __fdiv_rn(magnitude, 127);
-    // As torch divides a number by a tensor.
-    return __fmul_rn(__fdiv_rn(1, magnitude), 127);
+    // _TOP of ternarize/activation.py.
+    return __fdiv_rn(127 + 0x1p-13f, magnitude);
   }
 };
 

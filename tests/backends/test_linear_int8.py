@@ -43,6 +43,20 @@ def test_quantising_is_off_by_half_a_step_at_most(dtype: torch.dtype) -> None:
     assert ((q.double() * scale - x.clamp(-6e4, 6e4).double()).abs() <= 0.5001 * scale).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_of_16_bits_a_quotient_is_rounded_exactly_away_from_zero_if_halfway(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 512).to(dtype)
+    # 127 x / magnitude + 1/2, as integers.
+    unit = 2**24
+    magnitude = [int(value) for value in x.double().abs().amax(-1) * unit]
+    rows = (x.double().abs() * unit).long().tolist()
+    exact = [[(254 * v + m) // (2 * m) for v in row] for row, m in zip(rows, magnitude, strict=True)]
+    halfway = sum((254 * v + m) % (2 * m) == 0 for row, m in zip(rows, magnitude, strict=True) for v in row)
+    assert halfway > 3
+    assert torch.equal(quantize_activation(x)[0], (torch.tensor(exact) * x.sign()).to(torch.int8))
+
+
 def test_zeros_stay_zeros() -> None:
     q, scale = quantize_activation(torch.zeros(2, 8))
     assert not q.any()

@@ -20,6 +20,7 @@ from ternarize.backends.select import Phase
 from ternarize.config import Kernels, flag, kernels_policy
 from ternarize.errors import ConfigError
 from ternarize.layer import TernaryLinear
+from ternarize.ops import LINEAR_STEM
 from ternarize.passes.base import calls
 from ternarize.passes.insert_finite_guard import GuardOutputPass, layer_calls
 from ternarize.passes.lower_ternary import choose_node, guarded_by, lowered_values, rounds_itself
@@ -40,6 +41,9 @@ def compile_graph(
     # Inductor takes seconds to import: not before there is something to compile.
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor.virtualized import V
+
+    from ternarize.backends.row_reductions import RowReductions
 
     policy = kernels_policy(options.get("kernels"))
     patches = _inductor_patches(mode, {key: value for key, value in options.items() if key != "kernels"})
@@ -60,9 +64,12 @@ def compile_graph(
     graph_module.recompile()
     _start_kernels(graph_module, is_tilelang)
 
+    choices = RowReductions() if phase == "inference" and _quantizes(graph_module) else V.choices
+
     def compile_part(graph: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
         part: Phase = "inference" if settings.get("is_inference") else "training"
-        with config.patch(post_grad_custom_pre_pass=PostGradPasses(part, policy)), programmatic_launch.protocol():
+        passes = config.patch(post_grad_custom_pre_pass=PostGradPasses(part, policy))
+        with passes, programmatic_launch.protocol(), V.set_choices_handler(choices):
             return compile_fx_inner(graph, inputs, **settings)
 
     # Given to compile_fx as well, so that the key of AOTAutograd's cache has them.
@@ -97,6 +104,11 @@ def _decodes(node: fx.Node) -> bool:
 
     rows = math.prod(lowered_values(node)[1][0].shape[:-1])
     return isinstance(rows, int) and rows <= MOST_TOKENS
+
+
+def _quantizes(graph_module: fx.GraphModule) -> bool:
+    """Whether a call has int8 activations."""
+    return any(lowered_values(node)[0] == LINEAR_STEM["int8"] for node, _ in layer_calls(graph_module.graph))
 
 
 def _needs_autograd(inputs: Sequence[Any]) -> bool:

@@ -8,13 +8,15 @@ are bounds of what a whole layer takes. GemLite, where it is installed, multipli
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ternarize import ops
 from ternarize.activation import dequantize_activation, quantize_activation
+from ternarize.backends import programmatic_launch
 from ternarize.backends.select import facts_of, verify
 from ternarize.bench.timing import copies_needed
 from ternarize.config import Activation, TernaryConfig
@@ -199,7 +201,20 @@ def _rounds(x: Tensor, T_packed: Tensor, group_size: int) -> bool:
     return rounds(x, [T_packed], [None], group_size)
 
 
-_compiled_quantize = torch.compile(quantize_activation, dynamic=False)
+def _compile_quantize(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Compile a graph as the part of one that `ternarize.backends.compiler` lowers for int8 activations."""
+    # Inductor takes seconds to import.
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.virtualized import V
+
+    from ternarize.backends.row_reductions import RowReductions
+
+    with programmatic_launch.protocol(), V.set_choices_handler(RowReductions()):
+        compiled: Any = compile_fx(graph_module, list(example_inputs), config_patches=programmatic_launch.PATCHES)
+    return compiled  # type: ignore[no-any-return]  # untyped
+
+
+_compiled_quantize = torch.compile(quantize_activation, dynamic=False, backend=_compile_quantize)
 
 
 def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,9 +22,8 @@ from ternarize.errors import ShapeError
 #: weights of the second one are on their way meanwhile. On an H200 (docs/figures.md).
 _LEAST_RESIDUAL_TOKENS = 8
 
-#: Most values of x that a call rounds to int8 itself: every block reads them all. On an H200 (docs/figures.md) 57344
-#: were faster so than by a kernel before, 65536 were not.
-_MOST_ROUNDED = 57344
+#: Most tokens that a call rounds to int8 itself: every block reads them all. On an H200 (docs/figures.md).
+_MOST_ROUNDED_TOKENS = 2
 
 
 @functools.lru_cache(maxsize=4096)
@@ -135,7 +134,7 @@ def rounds(x: Tensor, T_packed: Sequence[Tensor], E_mantissa: Sequence[Tensor | 
 def rounds_few(M: int, layers: tuple[LayerShape, ...], K: int, g: int) -> bool:
     """Whether a call has so few tokens that every block should round them."""
     tile = choose_decode_tile(M, layers, K, g, rounds=True)
-    return tile is not None and tile.TOKENS * K <= _MOST_ROUNDED
+    return tile is not None and tile.TOKENS <= _MOST_ROUNDED_TOKENS
 
 
 def _static_call(

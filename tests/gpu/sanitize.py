@@ -22,7 +22,7 @@ import torch
 from ternarize import ops
 from ternarize.activation import quantize_activation
 from ternarize.backends.select import facts_of, verify
-from ternarize.backends.tilelang.linear import fusible
+from ternarize.backends.tilelang.linear import Fusible, fusible, rounds
 from ternarize.cli.doctor import check_backend
 from tests.backends.kit import Weights, random_weights
 
@@ -93,15 +93,27 @@ def _of_one_input(x: torch.Tensor, layers: list[Weights], group_size: int) -> It
                 name = f"{stem} of {backend}, x and T_packed {sizes}, group size {group_size}, {x.dtype}"
                 op = functools.partial(ops.lowered(stem, backend), *ops.with_status(stem, backend, given, status))
                 yield name, op
-                besides = _besides(x, weights, group_size) if (stem, backend) == ("linear", "tilelang") else {}
-                if besides:
-                    yield f"{name}, with {', '.join(besides)}", functools.partial(op, **besides)
+                if (stem, backend) == ("linear", "tilelang"):
+                    for besides in _besides(x, weights, group_size):
+                        yield f"{name}, with {', '.join(besides)}", functools.partial(op, **besides)
 
 
-def _besides(x: torch.Tensor, weights: Sequence[list[Any]], group_size: int) -> dict[str, Any]:
-    """All that the kernel can do besides in such a call."""
+def _besides(x: torch.Tensor, weights: Sequence[list[Any]], group_size: int) -> Iterator[dict[str, Any]]:
+    """All that the kernel can do besides in such a call, with x as it is and rounded, and rounding alone."""
     packed, _, mantissas, *_ = weights
-    allowed = fusible(x, packed, mantissas, group_size)
+    fused = _fused(x, weights, fusible(x, packed, mantissas, group_size))
+    if fused:
+        yield fused
+    if rounds(x, packed, mantissas, group_size):
+        yield {"rounds": True}
+        fused = _fused(x, weights, fusible(x, packed, mantissas, group_size, rounds=True))
+        if fused:
+            yield {"rounds": True, **fused}
+
+
+def _fused(x: torch.Tensor, weights: Sequence[list[Any]], allowed: Fusible) -> dict[str, Any]:
+    """The arguments of what a call may do besides."""
+    packed = weights[0]
     besides: dict[str, Any] = {}
     if allowed.norm:
         besides |= {"norm_weight": torch.ones_like(x[0]), "norm_eps": 1e-5}

@@ -33,9 +33,13 @@ MOST_TOKENS = 16
 #: Every block makes the digits of x, and each row takes fewer instructions then. On an H200 (docs/figures.md).
 _DIGITS, _MOST_DIGIT_TOKENS, _ROWS_A_DIGIT_TOKEN = 3, 2, 4096
 
-#: Elements of x in a block's shared memory from which on it pays to split K, and x with it, over more blocks. Measured
-#: on an H100.
+#: Elements of x in a block's shared memory from which on it pays to split K, and x with it, over more blocks: of floats
+#: beyond so many, on an H100, and of int8 from so many on, on an H200.
 _ELEMENTS = 2**15
+
+#: Of int8: from so many tokens on one step ahead is better than two, and for more rows clusters of eight are worse than
+#: four, since they leave a fifth of the multiprocessors without work. On an H200 (docs/figures.md).
+_ONE_AHEAD_TOKENS, _ROWS_OF_EIGHT = 8, 8192
 
 #: More than 8 tokens of floats and longer rows are for wgmma where there are fewer rows. On an H200 (docs/figures.md).
 _LONG_ROW, _MANY_ROWS = 4096, 4096
@@ -283,9 +287,16 @@ def decode_tiles(
         digits = 1
     elif activation == "float" and plain and tokens <= _MOST_DIGIT_TOKENS and rows >= tokens * _ROWS_A_DIGIT_TOKEN:
         digits = _DIGITS
-    clusters = sorted((1, 2, 4, 8), key=lambda cluster: (tokens * K > cluster * _ELEMENTS, cluster))
-    # Two steps ahead are enough.
-    for stages, cluster in itertools.product((2, 1), clusters):
+
+    def preference(cluster: int) -> tuple[int, ...]:
+        elements = cluster * _ELEMENTS
+        if activation == "float":
+            return (tokens * K > elements, cluster)
+        crowded = tokens * K >= elements
+        return (cluster == 8 and rows > _ROWS_OF_EIGHT, crowded, -cluster if crowded else cluster)
+
+    ahead = (1, 2) if activation == "int8" and tokens >= _ONE_AHEAD_TOKENS else (2, 1)
+    for stages, cluster in itertools.product(ahead, sorted((1, 2, 4, 8), key=preference)):
         tile = _shared_out(
             DecodeTile(
                 TOKENS=tokens,

@@ -7,6 +7,7 @@ Rows of a layer's input fit into the registers of a block: a graph of int8 activ
 """
 
 import torch
+from torch._inductor import config
 from torch._inductor.choices import InductorChoices
 from torch._inductor.codegen.simd_kernel_features import SIMDKernelFeatures
 from torch._inductor.runtime.hints import ReductionHint
@@ -22,9 +23,9 @@ class RowReductions(InductorChoices):
     @staticmethod
     def should_use_persistent_reduction(features: SIMDKernelFeatures, cooperative_reduction: bool) -> bool:
         """Whether a kernel keeps what it reduces in registers."""
-        if features.get_reduction_hint() == ReductionHint.INNER:
-            kept: bool = V.graph.sizevars.statically_known_leq(features.reduction_numel, _MOST_KEPT)
-            return kept
+        allowed = config.triton.persistent_reductions and features.get_reduction_hint() == ReductionHint.INNER
+        if allowed and V.graph.sizevars.statically_known_leq(features.reduction_numel, _MOST_KEPT):
+            return True
         return InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
 
     @staticmethod

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch._inductor import compile_fx
+from torch._inductor import compile_fx, config
 from torch._inductor.choices import InductorChoices
 from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.sizevars import SizeVarAllocator
-from torch._inductor.utils import run_and_get_code
+from torch._inductor.utils import fresh_inductor_cache, run_and_get_code
 from torch._inductor.virtualized import V
 
 from ternarize import TernaryConfig, ternarize
@@ -30,8 +30,11 @@ def test_rows_of_up_to_16384_values_are_kept_in_registers(
     monkeypatch.setattr(InductorChoices, "should_use_persistent_reduction", staticmethod(lambda *_: "Inductor's"))
     graph: Any = SimpleNamespace(sizevars=SizeVarAllocator())
     with V.set_graph_handler(graph):
-        kept = RowReductions.should_use_persistent_reduction(features, cooperative_reduction=False)
-    assert kept == (numel <= 16384 if hint == ReductionHint.INNER else "Inductor's")
+        kept: Any = RowReductions.should_use_persistent_reduction(features, cooperative_reduction=False)
+        with config.patch({"triton.persistent_reductions": False}):
+            refused: Any = RowReductions.should_use_persistent_reduction(features, cooperative_reduction=False)
+    assert kept == (True if hint == ReductionHint.INNER and numel <= 16384 else "Inductor's")
+    assert refused == "Inductor's"
 
 
 def test_rows_of_up_to_32768_values_are_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +60,8 @@ def test_inference_graphs_of_int8_activations_are_compiled_so(
     torch._dynamo.reset()
     model = ternarize(nn.Linear(128, 16), TernaryConfig(activation=activation))
     x = torch.randn(3, 128, requires_grad=training)
-    with torch.set_grad_enabled(training):
+    # From a cache, nothing would be compiled.
+    with torch.set_grad_enabled(training), fresh_inductor_cache():
         torch.compile(model, backend="ternary")(x)
     assert choices
     assert set(choices) == {expected}

@@ -66,35 +66,15 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
   static_assert(STEPS >= PARTS && K % 64 == 0 && (!INT8 || (PLANES == 1 && MANTISSA_BYTES == 0)));
   static_assert(!INT8_X || K < 1 << 17);
 
-  constexpr int LAYERS = sizeof...(Layers);
-  const Layer all[] = {layers...};
-  int row_blocks = 0;
-  // Layers with fewer rows than a row block read their last row several times.
-  bool is_short = false;
-#pragma unroll
-  for (const Layer& each : all) {
-    row_blocks += (each.N + ROWS - 1) / ROWS;
-    is_short |= each.N < ROWS;
-  }
-
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int row_in_tile = lane / 4, quad_lane = lane % 4;
   const int rank = blockIdx.x % CLUSTER, cluster = blockIdx.x / CLUSTER;
   const int row_warp = warp / K_WARPS, part = rank * K_WARPS + warp % K_WARPS;
 
-  // The row blocks of this cluster: of layers that are gated the same of both, else consecutive ones of all.
+  constexpr int LAYERS = sizeof...(Layers);
   const bool gated = LAYERS == 2 && fused.has(Fused::GATED);
-  const int shared_out = gated ? row_blocks / 2 : row_blocks;
-  const int first_block = cluster * shared_out / CLUSTERS, end_block = (cluster + 1) * shared_out / CLUSTERS;
-  int first_of[LAYERS], blocks_of[LAYERS], blocks = 0;
-#pragma unroll
-  for (int i = 0, before = 0; i < LAYERS; ++i) {
-    const int all_of = (all[i].N + ROWS - 1) / ROWS;
-    first_of[i] = max(first_block - before, 0);
-    blocks_of[i] = max(min(end_block - before, all_of) - first_of[i], 0);
-    blocks += blocks_of[i];
-    if (!gated) before += all_of;
-  }
+  const RowBlocks<ROWS, CLUSTERS, LAYERS> row_blocks(cluster, gated, layers...);
+  const int blocks = row_blocks.blocks;
   const int first_step = part * STEPS / PARTS;
   const int steps = (part + 1) * STEPS / PARTS - first_step;
   // The steps of K that this block's warps share out.
@@ -104,31 +84,12 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
   let_next_kernel_start();
   if (CLUSTER > 1) cluster_started();
 
-  // The layer of a row block of this cluster, which of its rows would be the first if there were as many as its row
-  // blocks have, and the same of the first row block after those of this cluster. The last one of a layer ends with its
-  // last row: it may compute rows of the one before it a second time.
-  auto locate = [&](int block, Layer& layer, int& end) {
-    int n0 = 0, before = 0;
-#pragma unroll
-    for (int i = 0; i < LAYERS; ++i) {
-      if (block >= before) {
-        layer = all[i];
-        n0 = (first_of[i] + block - before) * ROWS;
-        end = (first_of[i] + blocks_of[i]) * ROWS;
-      }
-      before += blocks_of[i];
-    }
-    return n0;
-  };
-  auto first_row = [&](const Layer& layer, int n0) { return max(min(n0, layer.N - ROWS), 0); };
-  auto row_of = [&](const Layer& layer, int n0, int row) { return n0 + (is_short ? min(row, layer.N - 1) : row); };
-
   // The ring of this warp, and what it copies next: a row block, counted within the cluster, and a step of its part.
   // The next row block is most often of the same layer.
   uint8_t* const ring = static_cast<uint8_t*>(shared) + warp * STAGES * STAGE_BYTES;
   int load_block = row_warp, load_step = 0, load_n0 = 0, load_end = 0;
   Layer load_layer;
-  if (load_block < blocks) load_n0 = locate(load_block, load_layer, load_end);
+  if (load_block < blocks) load_n0 = row_blocks.locate(load_block, load_layer, load_end);
   // A lane copies 16 bytes of every fourth row. The halves of a row's 8 pieces lie where the mma reads them without
   // bank conflicts: chunk c of row r at c ^ (r % 4).
   const int piece = lane % 8, copy_row = lane / 8;
@@ -139,7 +100,7 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
       const int step = first_step + load_step;
       const int byte = step * LINE_BYTES + piece * 16;
       const bool past_end = ROW_BYTES % LINE_BYTES != 0 && byte >= ROW_BYTES;
-      const int n0 = first_row(load_layer, load_n0);
+      const int n0 = row_blocks.first_row(load_layer, load_n0);
       const int64_t n = n0 + copy_row;
       const uint8_t* const from = load_layer.T_packed + n * ROW_BYTES + (past_end ? 0 : byte);
 #pragma unroll
@@ -147,23 +108,23 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
 #pragma unroll
         for (int row = 0; row < ROWS; row += 4) {
           const int64_t rows = static_cast<int64_t>(plane) * load_layer.N +
-                               (is_short ? row_of(load_layer, n0, row + copy_row) - n : row);
+                               (row_blocks.is_short ? row_blocks.row_of(load_layer, n0, row + copy_row) - n : row);
           copy_16_async(to + (plane * ROWS + row) * LINE_BYTES + copy_at, from + rows * ROW_BYTES, past_end);
         }
 #pragma unroll
       for (int i = lane; i < ROWS * Exponents::WORDS; i += 32)
-        Exponents::copy_async(to + E_AT, i % ROWS, row_of(load_layer, n0, i % ROWS), step, i / ROWS, load_layer.E,
+        Exponents::copy_async(to + E_AT, i % ROWS, row_blocks.row_of(load_layer, n0, i % ROWS), step, i / ROWS, load_layer.E,
                               load_layer.N);
       if constexpr (MANTISSA_BYTES != 0)
 #pragma unroll
         for (int i = lane; i < ROWS * Mantissas::WORDS; i += 32)
-          Mantissas::copy_async(to + MANTISSA_AT, i % ROWS, row_of(load_layer, n0, i % ROWS), step, i / ROWS,
+          Mantissas::copy_async(to + MANTISSA_AT, i % ROWS, row_blocks.row_of(load_layer, n0, i % ROWS), step, i / ROWS,
                                 load_layer.E_mantissa, load_layer.N);
       if (++load_step == steps) {
         load_step = 0;
         load_block += ROW_WARPS;
         load_n0 += ROW_WARPS * ROWS;
-        if (load_n0 >= load_end && load_block < blocks) load_n0 = locate(load_block, load_layer, load_end);
+        if (load_n0 >= load_end && load_block < blocks) load_n0 = row_blocks.locate(load_block, load_layer, load_end);
       }
     }
     commit_copies();
@@ -193,14 +154,14 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
   const int my_blocks = ((gated ? blocks / 2 : blocks) - rank + CLUSTER - 1) / CLUSTER;
   auto output = [&](int i, Layer& layer, int& n, int& m) {
     int end;
-    const int n0 = locate(i / (ROWS * TOKENS) * CLUSTER + rank, layer, end);
-    n = first_row(layer, n0) + i % ROWS;
+    const int n0 = row_blocks.locate(i / (ROWS * TOKENS) * CLUSTER + rank, layer, end);
+    n = row_blocks.first_row(layer, n0) + i % ROWS;
     m = i / ROWS % TOKENS;
-    return i < my_blocks * ROWS * TOKENS && m < M && !(is_short && n >= layer.N);
+    return i < my_blocks * ROWS * TOKENS && m < M && !(row_blocks.is_short && n >= layer.N);
   };
   const bool adds = LAYERS == 1 && fused.has(Fused::RESIDUAL);
   auto residual_of = [&](int n, int m) {
-    return static_cast<const Y*>(fused.residual)[static_cast<int64_t>(m) * all[0].N + n];
+    return static_cast<const Y*>(fused.residual)[static_cast<int64_t>(m) * row_blocks.all[0].N + n];
   };
 
   if (normalise) {
@@ -232,7 +193,7 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
   for (int block = row_warp; block < blocks; block += ROW_WARPS) {
     Layer here;
     int end;
-    const int first_n0 = locate(block, here, end), n0 = first_row(here, first_n0);
+    const int first_n0 = row_blocks.locate(block, here, end), n0 = row_blocks.first_row(here, first_n0);
     float sum[TILES][COLUMN_TILES][4] = {};
     for (int step = 0; step < steps; ++step) {
       wait_for_copies<STAGES - 1>();
@@ -262,7 +223,7 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
         for (int half = 0; half < 2; ++half)
 #pragma unroll
           for (int s = 0; s < SCALES; ++s) {
-            const int row = tile * 16 + half * 8 + row_in_tile, n = row_of(here, n0, row);
+            const int row = tile * 16 + half * 8 + row_in_tile, n = row_blocks.row_of(here, n0, row);
             const int group = quad_lane * SCALES + s;
             const int E = static_cast<int8_t>(Exponents::read(from + E_AT, row, n, first_step + step, group));
             scales[tile][half][s] = INT8_X ? int8_scale(E) : INT8 ? exp2_int(E) : half_scale(E);
@@ -413,7 +374,7 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
     if (!output(i, here, n, m)) continue;
     const int slot = i / (ROWS * TOKENS), row = i % ROWS;
     float y = finish(slot, row, here, n, m);
-    if (gated) y = y / (1 + expf(-y)) * finish(my_blocks + slot, row, all[LAYERS - 1], n, m);
+    if (gated) y = y / (1 + expf(-y)) * finish(my_blocks + slot, row, row_blocks.all[LAYERS - 1], n, m);
     if (adds) y += static_cast<float>(i == threadIdx.x ? residual : residual_of(n, m));
     static_cast<Y*>(here.y)[static_cast<int64_t>(m) * here.N + n] = rounded<Y>(y);
   }

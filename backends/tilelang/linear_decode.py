@@ -53,6 +53,7 @@ SOURCES = (
     "linear_decode_groups.cuh",
     "linear_decode_norm.cuh",
     "linear_decode_call.cuh",
+    "linear_decode_rows.cuh",
     "linear_decode.cuh",
 )
 SOURCE = "".join(Path(__file__).with_name(name).read_text() for name in SOURCES)

@@ -297,6 +297,31 @@ def test_digits_are_for_few_tokens_and_many_rows(
 
 
 @pytest.mark.parametrize(
+    ("M", "N", "K", "activation", "cluster", "ahead"),
+    [
+        (4, 14336, 4096, "int8", 1, 2),
+        (4, 28672, 8192, "int8", 2, 2),
+        (8, 14336, 4096, "int8", 2, 1),
+        (8, 8192, 28672, "int8", 8, 1),
+        (16, 14336, 4096, "int8", 4, 1),
+        (16, 4096, 14336, "int8", 8, 1),
+        # More rows than clusters of eight are good for.
+        (16, 28672, 8192, "int8", 4, 1),
+        (8, 14336, 4096, "float", 1, 2),
+        (8, 28672, 8192, "float", 2, 2),
+    ],
+)
+def test_the_tile_is_the_one_that_was_measured_to_be_fast(
+    M: int, N: int, K: int, activation: Activation, cluster: int, ahead: int
+) -> None:
+    from ternarize.backends.tilelang.linear_decode import choose_decode_tile
+
+    tile = choose_decode_tile(M, (layer_shape(N),), K, 128, activation)
+    assert tile is not None
+    assert (cluster, ahead) == (tile.CLUSTER, tile.STAGES)
+
+
+@pytest.mark.parametrize(
     ("M", "layers", "K", "g"),
     [
         (9, (layer_shape(64),), 4608, 128),

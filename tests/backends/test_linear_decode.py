@@ -107,6 +107,20 @@ def test_a_large_value_takes_no_bits_from_the_others(emulation: ctypes.CDLL, nam
     layer.assert_right(inputs.value(), case)
 
 
+@pytest.mark.parametrize("name", ["rounded", "rounded, 16 tokens"])
+def test_halfway_between_two_integers_is_rounded_as_everywhere(emulation: ctypes.CDLL, name: str) -> None:
+    torch.manual_seed(0)
+    case = CASES[name]
+    layers = [Operands.random(layer, case) for layer in case.layers]
+    # Halves of integers, after the largest has become 127.
+    x = torch.randint(-254, 255, (case.M, case.K)) / 128
+    x[:, 5] = 127 / 64
+    inputs = Inputs(x=x.to(getattr(torch, case.dtype)))
+    _emulate(emulation, name, inputs, layers)
+    for layer in layers:
+        layer.assert_right(case.multiplied(inputs.value()), case)
+
+
 @pytest.mark.parametrize(
     "name",
     ["three layers", "digits, three layers", "digits, groups of 64", "rounded, three layers", "int8, three layers"],

@@ -23,7 +23,13 @@ from ternarize.layer import TernaryLinear
 from ternarize.ops import LINEAR_STEM
 from ternarize.passes.base import calls
 from ternarize.passes.insert_finite_guard import GuardOutputPass, layer_calls
-from ternarize.passes.lower_ternary import choose_node, guarded_by, lowered_values, rounds_itself
+from ternarize.passes.lower_ternary import (
+    choose_node,
+    guarded_by,
+    lowered_arguments,
+    lowered_values,
+    rounds_itself,
+)
 from ternarize.passes.manager import JointPasses, PostGradPasses, run_on_dynamo_graph
 
 Layers = dict[fx.Node, TernaryLinear]
@@ -108,7 +114,7 @@ def _decodes(node: fx.Node) -> bool:
 
 def _quantizes(graph_module: fx.GraphModule) -> bool:
     """Whether a call has int8 activations."""
-    return any(lowered_values(node)[0] == LINEAR_STEM["int8"] for node, _ in layer_calls(graph_module.graph))
+    return any(lowered_arguments(node)[0] == LINEAR_STEM["int8"] for node, _ in layer_calls(graph_module.graph))
 
 
 def _needs_autograd(inputs: Sequence[Any]) -> bool:

@@ -113,8 +113,8 @@ __device__ __forceinline__ void linear_decode(const void* x, const void* scale, 
         }
 #pragma unroll
       for (int i = lane; i < ROWS * Exponents::WORDS; i += 32)
-        Exponents::copy_async(to + E_AT, i % ROWS, row_blocks.row_of(load_layer, n0, i % ROWS), step, i / ROWS, load_layer.E,
-                              load_layer.N);
+        Exponents::copy_async(to + E_AT, i % ROWS, row_blocks.row_of(load_layer, n0, i % ROWS), step, i / ROWS,
+                              load_layer.E, load_layer.N);
       if constexpr (MANTISSA_BYTES != 0)
 #pragma unroll
         for (int i = lane; i < ROWS * Mantissas::WORDS; i += 32)

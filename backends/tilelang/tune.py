@@ -97,8 +97,7 @@ def tune_call(
     copies = copies_needed(sum(layer.T_packed.nbytes for layer in layers), device)
     weights = [layers, *(copy.deepcopy(layers) for _ in range(copies - 1))]
     for M, of_call in programs.items():
-        dtype = torch.bfloat16 if of_call[0].dtype == "bfloat16" else torch.float16
-        x = torch.randn(M, of_call[0].K, dtype=dtype, device=device, generator=generator)
+        x = torch.randn(M, of_call[0].K, dtype=getattr(torch, of_call[0].dtype), device=device, generator=generator)
         inputs, exact_x = [x], x.double()
         if of_call[0].activation == "int8":
             q, scale = quantize_activation(x)
@@ -110,7 +109,7 @@ def tune_call(
             # Whatever a tile's compilation or launch raises takes it out of the race.
             with contextlib.suppress(Exception):
                 kernel = start(program).result()
-                calls = [functools.partial(_run, program, kernel, inputs, dtype, each) for each in weights]
+                calls = [functools.partial(_run, program, kernel, inputs, each) for each in weights]
                 if _right(calls[0](), reference, M, rows):
                     passes[program] = record(calls, device)
         timings = time_in_turns(list(passes.values()), SECONDS)
@@ -126,16 +125,15 @@ def tune_call(
             yield Tuned(key=key, tile=best.tile, seconds=seconds[best], heuristic_seconds=seconds.get(of_call[0]))
 
 
-def _run(
-    program: Program, kernel: Kernel, inputs: Sequence[Tensor], dtype: torch.dtype, layers: Sequence[TernaryLinear]
-) -> Tensor:
+def _run(program: Program, kernel: Kernel, inputs: Sequence[Tensor], layers: Sequence[TernaryLinear]) -> Tensor:
     """Call a kernel with x, or q and its scale; the outputs of all layers lie in the result, see `_outputs`."""
     x, *_ = arguments = list(inputs)
     for layer, *given in zip(layers, *_columns(layers), strict=True):
         arguments += [tensor for tensor in given if tensor is not None]
         if program.guarded:
             arguments.append(layer.status)
-    y = x.new_empty(sum(_padded(len(x) * layer.out_features) for layer in layers), dtype=dtype)
+    elements = sum(_padded(len(x) * layer.out_features) for layer in layers)
+    y = x.new_empty(elements, dtype=getattr(torch, program.dtype))
     outputs = _outputs(y, len(x), [layer.out_features for layer in layers])
     kernel(*arguments, *outputs, *NOTHING.arguments(program, x, outputs))
     return y

@@ -201,7 +201,7 @@ def _rounds(x: Tensor, T_packed: Tensor, group_size: int) -> bool:
     return rounds(x, [T_packed], [None], group_size)
 
 
-def _compile_quantize(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+def _compile_quantize(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
     """Compile a graph as the part of one that `ternarize.backends.compiler` lowers for int8 activations."""
     # Inductor takes seconds to import.
     from torch._inductor.compile_fx import compile_fx
@@ -210,8 +210,7 @@ def _compile_quantize(graph_module: fx.GraphModule, example_inputs: Sequence[Any
     from ternarize.backends.row_reductions import RowReductions
 
     with programmatic_launch.protocol(), V.set_choices_handler(RowReductions()):
-        compiled: Any = compile_fx(graph_module, list(example_inputs), config_patches=programmatic_launch.PATCHES)
-    return compiled  # type: ignore[no-any-return]  # untyped
+        return compile_fx(graph_module, list(example_inputs), config_patches=programmatic_launch.PATCHES)
 
 
 _compiled_quantize = torch.compile(quantize_activation, dynamic=False, backend=_compile_quantize)

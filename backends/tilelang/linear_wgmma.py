@@ -61,8 +61,18 @@ class Tile:
     @property
     def stored_tokens(self) -> int:
         """Tokens that a warpgroup stores at once: STORED of the kernel."""
-        units = max(self.ROW_TILES * self.BLOCK_M // 8 // self.CLUSTER, 1)
-        return 8 * math.gcd(4, units, self.BLOCK_M // 8)
+        return 8 * math.gcd(4, self.own_units, self.BLOCK_M // 8)
+
+    @property
+    def own_units(self) -> int:
+        """Units of 8 tokens of a warpgroup that a block of a cluster adds up and stores: OWN of the kernel."""
+        units = self.ROW_TILES * self.BLOCK_M // 8
+        return next(own for own in range(-(-units // self.CLUSTER), units + 1) if units % own == 0)
+
+    @property
+    def parts_bytes(self) -> int:
+        """Shared memory for the sums that a block of a cluster adds up, in place of its stages."""
+        return self.CLUSTER * self.own_units * 8 * 64 * self.WARPGROUPS * 4 if self.CLUSTER > 1 else 0
 
     def x_box(self, K: int, g: int, activation: Activation = "float") -> tuple[int, int]:
         """Tokens and columns of x that TMA loads at once; the columns are X_ROW_COLUMNS of the kernel."""
@@ -203,44 +213,55 @@ def wgmma_program(
     return ternary_linear_wgmma
 
 
-#: Microseconds that a block takes for a step along K, by BLOCK_M, ROW_TILES and WARPGROUPS. Least squares on an H100
-#: (docs/figures.md): over 307 timings of 8 layers, 16 to 4096 tokens, 7 % of each; of int8 over 105 of 5, 5 %.
+#: Microseconds that a block takes for a step along K, by BLOCK_M, ROW_TILES and WARPGROUPS. Least squares on an H200
+#: (docs/figures.md): over 195 timings of 10 layers, 32 to 512 tokens, 5 % of each; of int8 over 110 of 8, 6 %.
 _STEP: dict[Activation, dict[tuple[int, int, int], float]] = {
     "float": {
-        (16, 1, 2): 0.41,
-        (16, 1, 4): 0.60,
+        (16, 1, 2): 0.37,
+        (16, 1, 4): 0.66,
         (16, 2, 2): 0.61,
         (16, 2, 4): 1.11,
-        (32, 1, 2): 0.43,
+        (32, 1, 2): 0.38,
+        (32, 2, 2): 0.68,
         (64, 1, 2): 0.46,
-        (64, 1, 3): 0.69,
-        (64, 1, 4): 0.87,
-        (64, 2, 2): 0.80,
-        (128, 1, 2): 0.65,
-        (128, 1, 3): 0.96,
-        (192, 1, 3): 1.41,
-        (256, 1, 2): 1.24,
+        (64, 1, 3): 0.72,
+        (64, 1, 4): 1.02,
+        (64, 2, 2): 0.85,
+        (80, 1, 2): 0.52,
+        (96, 1, 2): 0.54,
+        (96, 1, 3): 0.83,
+        (128, 1, 2): 0.66,
+        (128, 1, 3): 0.98,
+        (160, 1, 2): 0.78,
+        (176, 1, 2): 0.87,
+        (192, 1, 3): 1.44,
+        (208, 1, 2): 1.05,
+        (256, 1, 2): 1.22,
     },
     "int8": {
-        (16, 1, 2): 0.37,
-        (16, 2, 2): 0.56,
-        (32, 1, 2): 0.40,
-        (64, 1, 2): 0.40,
-        (64, 1, 3): 0.58,
-        (64, 1, 4): 0.81,
-        (64, 2, 2): 0.70,
-        (64, 2, 3): 1.09,
-        (128, 1, 2): 0.50,
-        (128, 1, 3): 0.71,
-        (128, 2, 2): 0.82,
-        (192, 1, 3): 0.79,
+        (16, 1, 2): 0.27,
+        (16, 2, 2): 0.47,
+        (32, 1, 2): 0.28,
+        (32, 2, 2): 0.50,
+        (64, 1, 2): 0.33,
+        (64, 1, 3): 0.48,
+        (64, 1, 4): 0.69,
+        (64, 2, 2): 0.59,
+        (64, 2, 3): 0.88,
+        (96, 1, 2): 0.36,
+        (128, 1, 2): 0.39,
+        (128, 1, 3): 0.60,
+        (128, 2, 2): 0.73,
+        (160, 1, 2): 0.42,
+        (192, 1, 3): 0.74,
+        (208, 1, 2): 0.54,
         (256, 1, 2): 0.62,
     },
 }
 
-#: Of the same fits: those of a launch; of the start and end of a tile of 128 tokens and row tiles; and of adding up its
-#: parts, for each block of a cluster.
-_LAUNCH_TILE_PART: dict[Activation, tuple[float, float, float]] = {"float": (2.3, 2.0, 0.15), "int8": (1.7, 2.2, 0.4)}
+#: Of the same fits: those of a launch; of a tile of 128 tokens and row tiles, besides its steps; and of adding up such
+#: a tile, for each block of the cluster that shares it.
+_LAUNCH_TILE_PART: dict[Activation, tuple[float, float, float]] = {"float": (2.9, 1.0, 0.35), "int8": (3.1, 1.0, 0.46)}
 
 #: Sums that a thread has room for where those of groups are kept apart, by WARPGROUPS.
 _MOST_SUMS = {2: 160, 3: 96, 4: 48}
@@ -262,7 +283,9 @@ def wgmma_tiles(layers: tuple[LayerShape, ...], dtype: Dtype, activation: Activa
             tile = Tile(BLOCK_M=BLOCK_M, ROW_TILES=ROW_TILES, WARPGROUPS=WARPGROUPS, STAGES=0, CLUSTER=CLUSTER)
             rest = SHARED_BYTES - tile.shared_bytes(planes, activation)
             STAGES = min(rest // tile.stage_bytes(planes, activation), _MOST_STAGES)
-            if STAGES >= _LEAST_STAGES:
+            # Sums lie where x and packed trits were.
+            fits = STAGES * (tile.stage_bytes(planes, activation) - 16) >= tile.parts_bytes
+            if STAGES >= _LEAST_STAGES and fits:
                 yield dataclasses.replace(tile, STAGES=STAGES)
 
 
@@ -297,5 +320,5 @@ def estimated_microseconds(
     return (
         launch
         + rounds * (steps * step + size * ends)
-        + shared_rounds * (-(-steps // tile.CLUSTER) * step + size * ends + tile.CLUSTER * part)
+        + shared_rounds * (-(-steps // tile.CLUSTER) * step + size * (ends + tile.CLUSTER * part))
     )

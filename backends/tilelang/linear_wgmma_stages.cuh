@@ -3,6 +3,12 @@
 
 namespace ternarize {
 
+// The smallest divisor of a number that is no less than ``least``.
+constexpr int smallest_divisor(int number, int least) {
+  while (number % least != 0) ++least;
+  return least;
+}
+
 // All that is known when a call is compiled; the parameters are those of linear_wgmma.
 template <typename X, int K, int GROUP_SIZE_, int PLANES_, int BLOCK_M_, int ROW_TILES_, int WARPGROUPS_, int STAGES_,
           int CLUSTER_>
@@ -44,9 +50,8 @@ struct Sizes {
   static constexpr int STAGE_BYTES = X_BYTES + PACKED_BYTES;
 
   static constexpr int UNITS = ROW_TILES * BLOCK_M / 8;  // of 8 tokens and 64 outputs a warpgroup: 4 sums a thread
-  // Of a tile that is split, those that a block adds up and stores; of small tiles the last ranks have none.
-  static constexpr int OWN = UNITS > CLUSTER ? UNITS / CLUSTER : 1;
-  static_assert(UNITS % OWN == 0 && UNITS <= OWN * CLUSTER);
+  // Of a tile that is split, those that a block adds up and stores, as many as any other; the last ranks may have none.
+  static constexpr int OWN = smallest_divisor(UNITS, (UNITS + CLUSTER - 1) / CLUSTER);
   // Units that are stored at once: 32 tokens, or as many as there are.
   static constexpr int STORED = OWN % 4 == 0 && BLOCK_M % 32 == 0 ? 4 : OWN % 2 == 0 ? 2 : 1;
   static constexpr int STORE_BYTES = STORED * 8 * 128;

@@ -25,6 +25,12 @@ CASES = {
         dtype="float16",
         tile={"CLUSTER": 4, "WARPGROUPS": 3, "BLOCK_M": 16},
     ),
+    "80 tokens, split over four, of which two store": WgmmaCase(
+        M=80, layers=(layer_shape(200, bias=True),), K=704, g=64, tile={"CLUSTER": 4, "BLOCK_M": 80, "STAGES": 4}
+    ),
+    "176 tokens, split over two": WgmmaCase(
+        M=177, layers=(layer_shape(72),), K=576, g=32, dtype="float16", tile={"CLUSTER": 2, "BLOCK_M": 176}
+    ),
     "rounds, then a split": WgmmaCase(
         M=65,
         layers=(layer_shape(200, bias=True), layer_shape(9), layer_shape(136, bias=True)),
@@ -71,6 +77,14 @@ CASES = {
     ),
     "int8, split over four, fewer steps than blocks": WgmmaCase(
         M=17, layers=(layer_shape(72),), K=192, g=64, activation="int8", tile={"CLUSTER": 4, "BLOCK_M": 16}
+    ),
+    "int8, 48 tokens, split over eight, of which six store": WgmmaCase(
+        M=49,
+        layers=(layer_shape(333, bias=True),),
+        K=1408,
+        g=128,
+        activation="int8",
+        tile={"CLUSTER": 8, "ROW_TILES": 2, "BLOCK_M": 48, "STAGES": 5},
     ),
     "int8, rounds, then a split": WgmmaCase(
         M=65,

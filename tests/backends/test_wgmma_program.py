@@ -36,6 +36,17 @@ PROGRAMS = {
         dtype="float16",
         tile={"BLOCK_M": 64, "ROW_TILES": 1, "WARPGROUPS": 3, "CLUSTER": 8},
     ),
+    "208 tokens, split over two": Case(
+        M=208, layers=(layer_shape(4096),), K=4096, g=128, tile={"BLOCK_M": 208, "CLUSTER": 2}
+    ),
+    "float16, 96 tokens": Case(
+        M=96,
+        layers=(layer_shape(336, bias=True),),
+        K=1152,
+        g=32,
+        dtype="float16",
+        tile={"BLOCK_M": 96, "WARPGROUPS": 2, "CLUSTER": 8},
+    ),
     "int8, tokens of x at most": Case(
         M=256,
         layers=(layer_shape(4096),),
@@ -128,10 +139,9 @@ def test_every_tile_fits(layer: Any, dtype: Dtype, activation: Activation) -> No
         assert tile.shared_bytes(layer.planes, activation) <= 227 * 1024
         # Units of 8 tokens and 64 outputs of a warpgroup, which the blocks of a cluster share when they split a tile.
         units = tile.ROW_TILES * tile.BLOCK_M // 8
-        own = max(units // tile.CLUSTER, 1)
-        assert units % own == 0
-        assert units <= own * tile.CLUSTER
-        parts_bytes = tile.CLUSTER * own * 128 * tile.WARPGROUPS * 16
+        assert units % tile.own_units == 0
+        assert units <= tile.own_units * tile.CLUSTER
+        parts_bytes = tile.CLUSTER * tile.own_units * 128 * tile.WARPGROUPS * 16
         assert parts_bytes <= tile.STAGES * (tile.stage_bytes(layer.planes, activation) - 16)
         # What a warpgroup stores at once is of one row tile.
         assert tile.BLOCK_M % tile.stored_tokens == 0
@@ -170,6 +180,14 @@ def test_tiles_grow_with_the_tokens(activation: Activation) -> None:
     assert few.BLOCK_M <= 32
     assert few.CLUSTER > 1
     assert many.BLOCK_M * many.BLOCK_N >= 128 * 128
+
+
+@pytest.mark.parametrize("activation", ["float", "int8"])
+@pytest.mark.parametrize("M", [32, 96, 160])
+def test_tokens_between_powers_of_two_have_tiles_of_their_own(M: int, activation: Activation) -> None:
+    from ternarize.backends.tilelang.linear_wgmma import choose_wgmma_tile
+
+    assert choose_wgmma_tile(M, (layer_shape(28672),), 8192, 128, "bfloat16", activation).BLOCK_M == M
 
 
 def test_few_tokens_decode() -> None:
